@@ -1,0 +1,46 @@
+"""`pytest` runs every notebook outside folders with a leading `_` as one test, through nbdev, which honours the `#|` options.
+Cells flagged slow, cuda or data are left out unless asked for: `pytest --nbflags slow` (several: `--nbflags "slow data"`)."""
+import os, re, sys
+from io import StringIO
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any notebook imports torch: the workers share the cores
+os.environ.update(TQDM_DISABLE="1", MPLBACKEND="Agg")
+
+import pytest
+from fastcore.nbio import read_nb
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
+
+def pytest_addoption(parser):
+    parser.addoption("--nbflags", default="", help="run the notebook cells with these flags too, e.g. 'slow data'")
+
+def pytest_collect_file(file_path, parent):
+    nbs = parent.config.rootpath/"nbs"
+    if file_path.suffix == ".ipynb" and not any(o[0] in "._" for o in file_path.relative_to(nbs).parts):
+        return Notebook.from_parent(parent, path=file_path)
+
+class Notebook(pytest.File):
+    def collect(self): yield Page.from_parent(self, name="page")
+
+class Page(pytest.Item):
+    def runtest(self):
+        flags, skip, err = self.config.getoption("nbflags").split(), get_config(self.path).tst_flags.split(), StringIO()
+        with patch.object(sys, "__stderr__", err):  # where nbdev prints the failing cell and its traceback
+            ok, _ = run_notebook(self.path, skip_flags=skip, force_flags=flags, basepath=self.config.rootpath, cell_timeout=None if flags else 600)
+        if plt := sys.modules.get("matplotlib.pyplot"): plt.close("all")
+        if not ok: raise PageFailed(self.explain(re.sub(r"\x1b\[[\d;]*m", "", err.getvalue()).strip()))
+
+    def explain(self, tb):
+        "nbdev's traceback `tb` without the runner's frames, below the source of the cell that failed"
+        if not (m := re.search(r"While Executing Cell #(\d+):", tb)): return tb
+        cell = read_nb(self.path).cells[int(m[1]) - 1]
+        tb = re.sub(r"  File \"[^\"]*(nbdev|execnb|IPython)[/\\][^\n]*\n(    [^\n]*\n)*", "", tb[m.end():].strip())
+        return f"cell {m[1]} of {self.path.name}:\n\n" + "\n".join(f"    {o}" for o in cell.source.splitlines()) + f"\n\n{tb}"
+
+    def repr_failure(self, excinfo):
+        return str(excinfo.value) if isinstance(excinfo.value, PageFailed) else super().repr_failure(excinfo)
+
+    def reportinfo(self): return self.path, None, self.path.name
+
+class PageFailed(Exception): "The message is the failing cell and its traceback."

@@ -1,0 +1,41 @@
+"Machines this one is not: two GPUs, a Mac, a driver that is too old."
+import pytest
+import torch
+
+from mtl_nb.devices import autocast, pick_device
+
+@pytest.fixture
+def machine(monkeypatch):
+    "Pretend to be a machine with so many CUDA cards, with or without MPS."
+    def make(cuda=0, mps=False, works=True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0 and works)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    return make
+
+@pytest.mark.parametrize("cuda,mps,name,want", [
+    (0, False, "auto", "cpu"), (0, True, "auto", "mps:0"), (2, False, "auto", "cuda:0"),
+    (2, False, "cuda", "cuda:0"), (2, False, "cuda:1", "cuda:1"), (2, False, "cpu", "cpu"), (0, True, "mps", "mps:0"), (0, False, "cpu:0", "cpu"),
+])
+def test_takes_what_is_here(machine, cuda, mps, name, want):
+    machine(cuda, mps)
+    assert str(pick_device(name)) == want
+
+@pytest.mark.parametrize("cuda,mps,name", [(0, False, "cuda"), (0, False, "mps"), (2, False, "cuda:2"), (2, False, "mps"), (0, True, "cuda:0"), (0, False, "meta"), (0, False, "xpu")])
+def test_refuses_what_is_not(machine, cuda, mps, name):
+    machine(cuda, mps)
+    with pytest.raises(ValueError, match=f"^device '{name}' is not here: this machine has .*cpu$"): pick_device(name)
+
+@pytest.mark.parametrize("name", ["gpu", "", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cpu,cuda"])
+def test_refuses_what_it_does_not_know(name):
+    with pytest.raises(ValueError, match="unknown device") as e: pick_device(name)
+    assert "\n" not in str(e.value)
+
+def test_cards_without_a_working_driver_do_not_count(machine):
+    machine(cuda=1, works=False)
+    assert pick_device().type == "cpu"
+
+def test_autocast_is_for_cuda_alone():
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for name in "cpu", "mps":
+        with autocast(torch.device(name)): assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
