@@ -7,9 +7,10 @@ Docs: https://mtl-nb.github.io/mtl_nb/benchmarks.html.md"""
 # %% auto #0
 __all__ = ['SUPERCLASSES', 'split_table', 'fc100', 'cifar_fs', 'mini_imagenet', 'omniglot', 'load_data']
 
-# %% ../nbs/04_benchmarks.ipynb #aff9e4ab
-import csv
+# %% ../nbs/04_benchmarks.ipynb #310d1b4a
+import csv, os
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .data import BadInput, ImageBank
 from .folders import build_splits, class_files, fit, folder_splits, split_files
 from .glyphs import glyphs
 
-# %% ../nbs/04_benchmarks.ipynb #310d1b4a
+# %% ../nbs/04_benchmarks.ipynb #dc5f9379
 SUPERCLASSES = {line.split()[0]: line.split()[1:] for line in """
 aquatic_mammals beaver dolphin otter seal whale
 fish aquarium_fish flatfish ray shark trout
@@ -43,7 +44,7 @@ trees maple_tree oak_tree palm_tree pine_tree willow_tree
 vehicles_1 bicycle bus motorcycle pickup_truck train
 vehicles_2 lawn_mower rocket streetcar tank tractor""".strip().splitlines()}
 
-# %% ../nbs/04_benchmarks.ipynb #c248cbdd
+# %% ../nbs/04_benchmarks.ipynb #c341ece1
 _FC100 = dict(val="large_carnivores large_omnivores_and_herbivores non-insect_invertebrates small_mammals",
               test="aquatic_mammals insects medium_mammals people")
 _CIFAR_FS = dict(val="beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark television tractor",
@@ -56,7 +57,7 @@ _MINI = dict(train="""01532829 01558993 01704323 01749939 01770081 01843383 0191
              test="""01930112 01981276 02099601 02110063 02110341 02116738 02129165 02219486 02443484 02871525 03127925 03146219 03272010 03544143 03775546 04146614
 04149813 04418357 04522168 07613480""")
 
-# %% ../nbs/04_benchmarks.ipynb #ea01e6cd
+# %% ../nbs/04_benchmarks.ipynb #f91b8bcf
 _BACKGROUND = """Alphabet_of_the_Magi:20 Anglo-Saxon_Futhorc:29 Arcadian:26 Armenian:41 Asomtavruli_(Georgian):40 Balinese:24 Bengali:46
 Blackfoot_(Canadian_Aboriginal_Syllabics):14 Braille:26 Burmese_(Myanmar):34 Cyrillic:33 Early_Aramaic:22 Futurama:26 Grantha:43 Greek:24 Gujarati:48
 Hebrew:22 Inuktitut_(Canadian_Aboriginal_Syllabics):16 Japanese_(hiragana):52 Japanese_(katakana):47 Korean:40 Latin:26 Malay_(Jawi_-_Arabic):40
@@ -67,142 +68,145 @@ _VAL_ALPHABETS = "Armenian Bengali Early_Aramaic Hebrew Mkhedruli_(Georgian)"
 
 def _characters(text): return [f"{a}.character{i+1:02d}" for a, k in (o.split(":") for o in text.split()) for i in range(int(k))]
 
-# %% ../nbs/04_benchmarks.ipynb #fc3917df
+# %% ../nbs/04_benchmarks.ipynb #6e860f23
 def split_table(
     title:str, # FC100, CIFAR-FS, miniImageNet or Omniglot
-) -> dict[str,list[str]]: # class names of train, val and test, in order
+) -> dict[str,list[str]]: # class names of train, val and test, each in order
     "Which class stands in which split."
-    if title == "miniImageNet": return {s: ["n" + o for o in t.split()] for s, t in _MINI.items()}
+    if title == "miniImageNet": return {s: [f"n{o}" for o in t.split()] for s, t in _MINI.items()}
     if title == "Omniglot":
         first, second = _characters(_BACKGROUND), _characters(_EVALUATION)
         val = [o for o in first if o.split(".")[0] in _VAL_ALPHABETS.split()]
         return dict(train=sorted(set(first) - set(val)) + second[:236], val=val, test=second[236:])
-    held = {s: [o for part in t.split() for o in SUPERCLASSES.get(part, [part])] for s, t in dict(FC100=_FC100, **{"CIFAR-FS": _CIFAR_FS})[title].items()}
-    rest = {o for part in SUPERCLASSES.values() for o in part} - {o for part in held.values() for o in part}
-    return {s: sorted(o) for s, o in dict(train=rest, **held).items()}
+    held = {s: [c for part in t.split() for c in SUPERCLASSES.get(part, [part])] for s, t in {"FC100": _FC100, "CIFAR-FS": _CIFAR_FS}[title].items()}
+    train = {c for o in SUPERCLASSES.values() for c in o} - {c for o in held.values() for c in o}
+    return {s: sorted(o) for s, o in dict(train=train, **held).items()}
 
-# %% ../nbs/04_benchmarks.ipynb #dc5f9379
+# %% ../nbs/04_benchmarks.ipynb #cb45dbb8
 def _from_folders(root, title, table, need):
-    "Where `root` or `root/title` holds train/, val/ ..., or all classes side by side: the place and its files."
+    "Where root/title or root holds all classes side by side, or train/, val/ ...: the place and its files."
     for place in (root/title, root):
+        flat = [name for split in need or ("train", "val") for name in table[split]]
+        if all((place/name).is_dir() for name in flat):
+            at = class_files(place)
+            return place, {s: {o: at[o] for o in names} for s, names in table.items() if all(o in at for o in names)}
         if any((place/s).is_dir() for s in table): return place, split_files(place, need)
-        if place.is_dir() and all((place/name).is_dir() for s in need or ("train", "val") for name in table[s]):
-            files = class_files(place)
-            return place, {s: {o: files[o] for o in names} for s, names in table.items() if s in (need or table) and all(o in files for o in names)}
 
 def _check(listed, title, table, where, each):
-    "These folders must be what they are called."
+    "Folders must be what they are called; what is not the full set is said."
     for split, classes in listed.items():
-        other, lacks = sorted(set(classes) - set(table[split])), len(table[split]) - len(classes)
-        if other: raise BadInput(f"'{other[0]}' in {where} is no {split} class of {title} (such as '{table[split][0]}'): to use folders of your own give --data {where}")
+        other, full = sorted(set(classes) - set(table[split])), len(table[split])*each
+        if other: raise BadInput(f"'{other[0]}' in {where} is no {split} class of {title} (such as '{table[split][0]}'): for a set of your own give its folder, --data {where}")
         count = sum(map(len, classes.values()))
-        if count != each*len(table[split]): print(f"{title}, {split}: {len(classes)} classes with {count} images, where the full set has {len(table[split])} with {each*len(table[split])}: numbers do not compare with published ones")
+        if count != full: print(f"{title}, {split}: {count} images of {len(classes)} classes, the full set has {full} of {len(table[split])}: do not compare with published numbers")
 
-def _load(title, root, size, skip_bad, need, each, other):
-    "Class folders if they are there, else what `other` finds."
-    root, table = Path(root or "data").expanduser(), split_table(title)
-    where, listed, *more = _from_folders(root, title, table, need) or other(root, table)
-    if need: listed = {s: listed[s] for s in need}
+def _load(title, root, size, skip_bad, need, each, find):
+    "Class folders if they are there, else what `find(root, table)` finds."
+    root, table = Path(os.path.expanduser(root or "data")), split_table(title)
+    where, listed, *more = _from_folders(root, title, table, need) or find(root, table)
+    lacks = [s for s in need or ("train", "val") if s not in listed]
+    if lacks: raise BadInput(f"{title} in {where} has no {lacks[0]} split")
+    listed = {s: listed[s] for s in need or table if s in listed}
     _check(listed, title, table, where, each)
     return build_splits(listed, where, size, skip_bad, **(more[0] if more else {}))
 
-# %% ../nbs/04_benchmarks.ipynb #c7083f71
+# %% ../nbs/04_benchmarks.ipynb #bed00962
 def _fetch(root, what, files, ask):
-    "`ask()` torchvision for its files; every way it can fail, in words."
+    "`ask()` torchvision; the ways in which that can fail, in words."
     try: return ask()
     except RuntimeError: raise BadInput(f"the {what} files in {root} are incomplete or altered: delete {files} there and run again with --download") from None
-    except (OSError, EOFError) as e: raise BadInput(f"cannot download {what} to {root} ({getattr(e, 'reason', None) or e}): check the connection and that the folder can be written, or put {files} there yourself") from None
+    except (OSError, EOFError) as e:
+        why = getattr(e, "reason", e)
+        raise BadInput(f"cannot download {what} to {root} ({getattr(why, 'strerror', None) or why}): check the connection, and that the folder can be written; or put {files} there yourself") from None
 
-def _cifar100(root, title, download):
-    "All 60,000 images, train and test files pooled, as split -> class -> indices, and how to read them."
-    if root.name == CIFAR100.base_folder: root = root.parent
-    def other(_, table):
-        if not download and not (root/CIFAR100.base_folder).is_dir():
-            raise BadInput(f"no {title} in {root}: add --download to fetch CIFAR-100 (161 MB), or give with --root the folder that holds {title}/train/CLASS/* or {CIFAR100.base_folder}/")
-        parts = _fetch(root, "CIFAR-100", CIFAR100.filename, lambda: [CIFAR100(root, train=t, download=download) for t in (True, False)])
-        images, labels, names = np.concatenate([o.data for o in parts]), np.concatenate([o.targets for o in parts]), parts[0].classes
-        at = {name: np.flatnonzero(labels == i).tolist() for i, name in enumerate(names)}
-        listed = {s: {o: at[o] for o in classes} for s, classes in table.items()}
-        return root/CIFAR100.base_folder/title, listed, dict(read=images.__getitem__, stamp=repr(CIFAR100.train_list + CIFAR100.test_list))
-    return other
+def _cifar100(root, table, title, download):
+    "All 60,000 images as split -> class -> indices, and how to read one."
+    folder = CIFAR100.base_folder
+    if root.name == folder: root = root.parent
+    if not download and not (root/folder).is_dir():
+        raise BadInput(f"no {title} in {root}: add --download to fetch CIFAR-100 (161 MB), or name with --root the folder that holds {title}/train/CLASS/* or {folder}/")
+    parts = _fetch(root, "CIFAR-100", f"{folder}/ and {CIFAR100.filename}", lambda: [CIFAR100(root, train=t, download=download) for t in (True, False)])
+    images, labels, names = np.concatenate([o.data for o in parts]), np.concatenate([o.targets for o in parts]), parts[0].classes
+    at = {name: np.flatnonzero(labels == i).tolist() for i, name in enumerate(names)}
+    listed = {s: {o: at[o] for o in classes} for s, classes in table.items()}
+    return root/folder/title, listed, dict(read=images.__getitem__, stamp=repr(CIFAR100.train_list + CIFAR100.test_list))
 
-# %% ../nbs/04_benchmarks.ipynb #fc41542e
+# %% ../nbs/04_benchmarks.ipynb #6243ddeb
 def fc100(
-    root=None, # folder with FC100/train/CLASS/*, train/CLASS/*, or torchvision's cifar-100-python; None: data
+    root=None, # folder with FC100/train/CLASS/*, train/CLASS/*, CLASS/*, or torchvision's cifar-100-python; None: data
     size:int|None=None, # pixels a side; None: as they are, 32
     download:bool=False, # fetch CIFAR-100 into `root`
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read; None: all there are
-) -> dict[str,ImageBank]: # 60 train, 20 val, 20 test classes of 600 images
-    "CIFAR-100 split by superclass (TADAM, 2018): test classes resemble no train class."
-    root = Path(root or "data").expanduser()
-    return _load("FC100", root, size, skip_bad, need, 600, _cifar100(root, "FC100", download))
+) -> dict[str,ImageBank]: # 60 train, 20 val, 20 test classes of 600 images; raises `BadInput`
+    "CIFAR-100 split by family: no test class resembles a train class."
+    return _load("FC100", root, size, skip_bad, need, 600, partial(_cifar100, title="FC100", download=download))
 
 def cifar_fs(
-    root=None, # folder with CIFAR-FS/train/CLASS/*, train/CLASS/*, or torchvision's cifar-100-python; None: data
+    root=None, # folder with CIFAR-FS/train/CLASS/*, train/CLASS/*, CLASS/*, or torchvision's cifar-100-python; None: data
     size:int|None=None, # pixels a side; None: as they are, 32
     download:bool=False, # fetch CIFAR-100 into `root`
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read; None: all there are
-) -> dict[str,ImageBank]: # 64 train, 16 val, 20 test classes of 600 images
-    "CIFAR-100 split at random over its classes (Bertinetto et al., 2019)."
-    root = Path(root or "data").expanduser()
-    return _load("CIFAR-FS", root, size, skip_bad, need, 600, _cifar100(root, "CIFAR-FS", download))
+) -> dict[str,ImageBank]: # 64 train, 16 val, 20 test classes of 600 images; raises `BadInput`
+    "CIFAR-100 split at random: every test class has a sister among the train classes."
+    return _load("CIFAR-FS", root, size, skip_bad, need, 600, partial(_cifar100, title="CIFAR-FS", download=download))
 
-# %% ../nbs/04_benchmarks.ipynb #c341ece1
+# %% ../nbs/04_benchmarks.ipynb #cc2c51ed
 def _csv_files(root, table):
     "`images/` beside train.csv, val.csv, test.csv with the columns filename and label."
-    for place in (root/"miniImageNet", root):
-        if (place/"images").is_dir() and (place/"train.csv").is_file(): break
-    else: raise BadInput(f"no miniImageNet in {root}: give with --root the folder that holds miniImageNet/train/CLASS/*, or images/ beside train.csv, val.csv and test.csv; "
-                         "it cannot be downloaded here, as its images come under ImageNet's terms of research use (the full ImageNet is not needed)")
+    place = next((p for p in (root/"miniImageNet", root) if (p/"images").is_dir() and (p/"train.csv").is_file()), None)
+    if place is None: raise BadInput(f"no miniImageNet in {root}: name with --root the folder that holds miniImageNet/train/CLASS/*, or images/ beside train.csv, val.csv and test.csv. "
+                                     "It cannot be downloaded, as its images come under ImageNet's terms; you need a copy of these 60,000, not the full ImageNet")
     listed = {}
-    for split in table:
-        path = place/f"{split}.csv"
+    for path in (place/f"{split}.csv" for split in table):
         if not path.is_file(): continue
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f))
-        if not rows or not {"filename", "label"} <= set(rows[0]): raise BadInput(f"{path} must have the columns filename and label, and a line for each image")
-        classes = listed.setdefault(split, {})
-        for row in rows: classes.setdefault(row["label"], []).append(str(place/"images"/row["filename"]))
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f: rows = list(csv.DictReader(f))
+        if not rows or not all(o.get("filename") and o.get("label") for o in rows): raise BadInput(f"{path} must have the columns filename and label, both filled in every line")
+        classes = listed.setdefault(path.stem, {})
+        for o in rows: classes.setdefault(o["label"], []).append(str(place/"images"/o["filename"]))
     return place, listed
 
 def mini_imagenet(
-    root=None, # folder with miniImageNet/, train/CLASS/*, or images/ and train.csv, val.csv, test.csv; None: data
+    root=None, # folder with miniImageNet/, train/CLASS/*, CLASS/*, or images/ beside train.csv, val.csv, test.csv; None: data
     size:int|None=None, # pixels a side; None: 84
-    download:bool=False, # refused: its licence does not allow it
+    download:bool=False, # without effect: its licence does not allow it
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read; None: all there are
-) -> dict[str,ImageBank]: # 64 train, 16 val, 20 test classes of 600 images
-    "100 classes of ImageNet in the split of Ravi & Larochelle (2017)."
+) -> dict[str,ImageBank]: # 64 train, 16 val, 20 test classes of 600 images; raises `BadInput`
+    "100 classes of ImageNet in the split of Ravi & Larochelle."
     return _load("miniImageNet", root, size or 84, skip_bad, need, 600, _csv_files)
 
-# %% ../nbs/04_benchmarks.ipynb #02348943
-def _omniglot_files(root, download):
-    "torchvision's omniglot-py: images_background and images_evaluation, ALPHABET/characterNN/*.png."
+# %% ../nbs/04_benchmarks.ipynb #d8f5aeb1
+def _omniglot_files(root, table, download):
+    "torchvision's omniglot-py: images_background and images_evaluation, in them ALPHABET/characterNN/*.png."
     parts = "images_background", "images_evaluation"
-    def other(_, table):
-        if download: _fetch(root, "Omniglot", "images_background.zip and images_evaluation.zip", lambda: [Omniglot(root, background=b, download=True) for b in (True, False)])
-        place = next((p for p in (root/Omniglot.folder, root) if all((p/o).is_dir() for o in parts)), None)
-        if place is None: raise BadInput(f"no Omniglot in {root}: add --download to fetch it (15 MB), or give with --root the folder that holds Omniglot/train/CLASS/* or omniglot-py/")
-        at = {f"{alphabet.name}.{name}": files for part in parts for alphabet in sorted((place/part).iterdir()) if alphabet.is_dir() for name, files in class_files(alphabet).items()}
-        lacks = [o for names in table.values() for o in names if o not in at]
-        if lacks: raise BadInput(f"Omniglot in {place} is incomplete ({lacks[0].replace('.', '/')} and {len(lacks) - 1} more are not there): delete it and run again with --download")
-        return place, {s: {o: at[o] for o in names} for s, names in table.items()}
-    return other
+    if download: _fetch(root, "Omniglot", "omniglot-py/", lambda: [Omniglot(root, background=o, download=True) for o in (True, False)])
+    place = next((p for p in (root/Omniglot.folder, root) if all((p/o).is_dir() for o in parts)), None)
+    if place is None: raise BadInput(f"no Omniglot in {root}: add --download to fetch it (15 MB), or name with --root the folder that holds Omniglot/train/CLASS/* or {Omniglot.folder}/")
+    at = {f"{alphabet.name}.{name}": files for part in parts for alphabet in sorted((place/part).iterdir()) if alphabet.is_dir() for name, files in class_files(alphabet).items()}
+    lacks = [o for names in table.values() for o in names if o not in at]
+    if lacks: raise BadInput(f"Omniglot in {place} is incomplete (no {lacks[0].replace('.', '/')}; {len(lacks)} characters are missing): delete it and run again with --download")
+    return place, {s: {o: at[o] for o in names} for s, names in table.items()}
 
 def omniglot(
-    root=None, # folder with Omniglot/train/CLASS/*, train/CLASS/*, or torchvision's omniglot-py; None: data
+    root=None, # folder with Omniglot/train/CLASS/*, train/CLASS/*, CLASS/*, or torchvision's omniglot-py; None: data
     size:int|None=None, # pixels a side; None: 28
     download:bool=False, # fetch it into `root`
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read; None: all there are
-) -> dict[str,ImageBank]: # 1028 train, 172 val, 423 test characters of 20 drawings
-    "1,623 handwritten characters (Lake et al., 2015) in the split of Vinyals et al. (2016), without rotated copies."
-    root = Path(root or "data").expanduser()
-    return _load("Omniglot", root, size or 28, skip_bad, need, 20, _omniglot_files(root, download))
+) -> dict[str,ImageBank]: # 1028 train, 172 val, 423 test characters of 20 drawings; raises `BadInput`
+    "1,623 handwritten characters in the split of Vinyals et al., without rotated copies."
+    return _load("Omniglot", root, size or 28, skip_bad, need, 20, partial(_omniglot_files, download=download))
 
-# %% ../nbs/04_benchmarks.ipynb #f91b8bcf
+# %% ../nbs/04_benchmarks.ipynb #2ba71dcd
 _SETS = {"fc100": fc100, "cifar-fs": cifar_fs, "miniimagenet": mini_imagenet, "omniglot": omniglot}
+
+def _sized(bank, size):
+    "The bank with its images brought to `size`."
+    if size is None or bank.x.shape[2:] == (size, size): return bank
+    x = np.stack([fit(o, size) for o in bank.x.permute(0, 2, 3, 1).numpy()])
+    return ImageBank(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), bank.y, bank.names, bank.hashes)
 
 def load_data(
     name:str, # glyphs, glyphs-far, fc100, cifar-fs, miniimagenet, omniglot, or a folder that holds train/ and val/
@@ -213,17 +217,10 @@ def load_data(
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Any set by its name, or a folder of your own."
-    if name in ("glyphs", "glyphs-far"):
-        banks = glyphs(split="far" if name == "glyphs-far" else "near")
-        return {s: _sized(banks[s], size) for s in need or banks}
-    if name in _SETS: return _SETS[name](root, size, download, skip_bad, need)
-    if Path(name).expanduser().is_dir(): return folder_splits(name, size, skip_bad, need)
-    choices = ["glyphs", "glyphs-far", *_SETS]
-    near = get_close_matches(name.lower(), choices, 1)
-    raise BadInput(f"no data set and no folder '{name}'{f': did you mean {near[0]}?' if near else ''} Choose one of {', '.join(choices)}, or give a folder that holds train/ and val/")
-
-def _sized(bank, size):
-    "The bank with its images brought to `size`."
-    if size is None or bank.x.shape[2:] == (size, size): return bank
-    x = np.stack([fit(o, size) for o in bank.x.permute(0, 2, 3, 1).numpy()])
-    return ImageBank(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), bank.y, bank.names, bank.hashes)
+    choices, folder = ["glyphs", "glyphs-far", *_SETS], os.path.expanduser(name)
+    key = name.lower() if name in choices or not os.path.isdir(folder) else None
+    if key is None: return folder_splits(folder, size, skip_bad, need)
+    if key in _SETS: return _SETS[key](root, size, download, skip_bad, need)
+    if key in choices: return {s: _sized(b, size) for s, b in glyphs(split="far" if key == "glyphs-far" else "near").items() if s in (need or ("train", "val", "test"))}
+    near = get_close_matches(key, choices, 1)
+    raise BadInput(f"no data set and no folder '{name}'{f' (did you mean {near[0]}?)' if near else ''}: choose one of {', '.join(choices)}, or give a folder that holds train/ and val/")

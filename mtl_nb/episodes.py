@@ -23,7 +23,7 @@ def show_task(
     bank:ImageBank, # where the pictures are
     task:Tensor, # int64 [N,K+Q] one task
     k_shot:int, # K: how many pictures of each row are support
-    queries:int=5, # how many query pictures of each class to show
+    queries:int=4, # how many query pictures of each class to show
 ): # a matplotlib `Figure`
     "The support set of a task on the left, some of its queries on the right."
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ def show_task(
     for ax, (side, x) in zip(axes, sides.items()):
         x = torch.nn.functional.pad(x, (1, 1, 1, 1), value=255)
         h = x.shape[-2]
-        ax.imshow(x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
+        ax.imshow(x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy(), interpolation="nearest")
         ax.set(title=side, xticks=[], yticks=[]); ax.spines[:].set_visible(False)
     axes[0].set_yticks([h*i + h/2 for i in range(len(task))], [f"{i}: {bank.names[bank.y[o[0]]]}" for i, o in enumerate(task)])
     axes[0].tick_params(length=0)

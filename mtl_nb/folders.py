@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import BadInput, ImageBank, check_disjoint, pixel_hash
 
 # %% ../nbs/03_folders.ipynb #563fcd3b
-MAX_PIXELS = 90_000_000
+MAX_PIXELS = 89_000_000
 
 def _to_rgb(im):
     if im.mode == "F": raise ValueError("its pixels are floating-point numbers: save it with 8 bits a channel")
@@ -40,7 +40,7 @@ def read_image(
     path, # an image file of any format that Pillow reads
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises some exception if the file is no good image
     "Read one image file: turned upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
-    if not os.path.isfile(path): raise OSError("there is no such file")
+    if not os.path.isfile(path): raise OSError("it is not there, or no ordinary file")
     with Image.open(path) as im:
         if im.width*im.height > MAX_PIXELS: raise ValueError(f"it has {im.width} x {im.height} pixels, more than {MAX_PIXELS//10**6} million: shrink it")
         ImageOps.exif_transpose(im, in_place=True)
@@ -86,7 +86,7 @@ def class_files(
     root, # folder that holds one folder a class
 ) -> dict[str,list[str]]: # image paths by class name, both in order of name; raises `BadInput`
     "List the images that lie directly in each class folder."
-    root, out, other = Path(root).expanduser(), {}, []
+    root, out, other = Path(os.path.expanduser(root)), {}, []
     folders, files = _children(root)
     if len(folders) < 2 or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
@@ -210,7 +210,7 @@ def _make(path, stem, *args):
     f = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{stem}-", suffix=".part", delete=False)
     try:
         with f, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning) # refused in our own words
+            warnings.simplefilter("ignore")             # what Pillow minds is read, or refused in our own words
             _write(f, *args)
             f.flush(); os.fsync(f.fileno())
         os.replace(f.name, path)
@@ -253,7 +253,7 @@ def folder_bank(
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
 ) -> ImageBank: # uint8 [n,3,H,W], mapped from the cache; raises `BadInput`
     "The bank of a folder of class folders."
-    return build_bank(class_files(root), Path(root).expanduser(), size, skip_bad)
+    return build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
 
 # %% ../nbs/03_folders.ipynb #974de1d1
 def split_files(
@@ -261,7 +261,7 @@ def split_files(
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
 ) -> dict[str,dict[str,list[str]]]: # split -> class -> paths; raises `BadInput`
     "List the images of ROOT/{train,val,test}/CLASS/*."
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     folders, files = _children(root)
     missing = [s for s in need or ("train", "val") if s not in folders]
     if missing: raise BadInput(_no_split(root, missing, folders, files))
@@ -286,7 +286,8 @@ def build_splits(
     **kwargs, # `read` and `stamp` of `build_bank`
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Banks of several splits: no class in two of them, all images of one size."
-    check_disjoint({s: SimpleNamespace(names=list(classes)) for s, classes in listed.items()})
+    try: check_disjoint({s: SimpleNamespace(names=list(classes)) for s, classes in listed.items()})
+    except BadInput as e: raise BadInput(f"{_say(where)}: {e}") from None
     banks = {s: build_bank(classes, Path(where)/s, size, skip_bad, **kwargs) for s, classes in listed.items()}
     (s, a), *others = banks.items()
     for t, b in others:
@@ -300,4 +301,4 @@ def folder_splits(
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "The banks of ROOT/{train,val,test}/CLASS/*."
-    return build_splits(split_files(root, need), Path(root).expanduser(), size, skip_bad)
+    return build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)

@@ -1,4 +1,4 @@
-"""The feature extractor Θ.
+"""From a picture to a short list of numbers: the feature extractor Θ.
 
 Docs: https://mtl-nb.github.io/mtl_nb/resnet12.html.md"""
 
@@ -7,12 +7,12 @@ Docs: https://mtl-nb.github.io/mtl_nb/resnet12.html.md"""
 # %% auto #0
 __all__ = ['ResBlock', 'ResNet12']
 
-# %% ../nbs/06_resnet12.ipynb #c2705b33
+# %% ../nbs/06_resnet12.ipynb #1caa71b3
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/06_resnet12.ipynb #1caa71b3
+# %% ../nbs/06_resnet12.ipynb #bf6948d1
 class ResBlock(nn.Module):
     "Three 3×3 convolutions beside a 1×1 shortcut, then 2×2 max-pooling."
     def __init__(self,
@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         h = self.bn3(self.conv3(h)) + self.bn0(self.short(x))
         return self.drop(F.max_pool2d(F.leaky_relu(h, 0.1), 2))
 
-# %% ../nbs/06_resnet12.ipynb #69f3434d
+# %% ../nbs/06_resnet12.ipynb #49eea197
 class ResNet12(nn.Module):
     "Four residual blocks, then the mean over what is left of the image."
     def __init__(self,

@@ -1,4 +1,4 @@
-"""SS(X; W, b) = (W ⊙ Φ_S1) X + (b + Φ_S2).
+"""One number for each filter, one for each channel: what meta-training is allowed to change.
 
 Docs: https://mtl-nb.github.io/mtl_nb/scale_shift.html.md"""
 
@@ -7,26 +7,30 @@ Docs: https://mtl-nb.github.io/mtl_nb/scale_shift.html.md"""
 # %% auto #0
 __all__ = ['SSConv2d', 'scale_shift', 'ss_parameters', 'merge']
 
-# %% ../nbs/08_scale_shift.ipynb #38f6a3c8
+# %% ../nbs/08_scale_shift.ipynb #4f65912c
 from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/08_scale_shift.ipynb #4f65912c
+# %% ../nbs/08_scale_shift.ipynb #bb639083
+def _like(conv): # how to build a convolution of the same form
+    keys = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    return {k: getattr(conv, k) for k in keys} | {"device": "meta"} # meta: no memory, and no random numbers, for weights that are replaced at once
+
+# %% ../nbs/08_scale_shift.ipynb #040ab47b
 class SSConv2d(nn.Conv2d):
-    "A convolution whose own weights are frozen, with a scale for each filter and a shift for each output channel."
+    "SS(X;W,b;Φ) = (W⊙Φ_S1)X + (b+Φ_S2): a convolution whose own weights are frozen, with a scale for each filter and a shift for each output channel."
     def __init__(self,
         conv:nn.Conv2d, # the pre-trained convolution; its weights are shared, not copied
     ):
-        nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")})
+        super().__init__(**_like(conv), bias=conv.bias is not None)
         frozen = lambda p: None if p is None else nn.Parameter(p.detach(), requires_grad=False)
         self.weight, self.bias = frozen(conv.weight), frozen(conv.bias)
-        out, per_group = conv.weight.shape[:2]
-        self.scale = nn.Parameter(conv.weight.new_ones(out, per_group, 1, 1))
-        self.shift = nn.Parameter(conv.weight.new_zeros(out))
+        self.scale = nn.Parameter(conv.weight.new_ones(*conv.weight.shape[:2], 1, 1))
+        self.shift = nn.Parameter(conv.weight.new_zeros(len(conv.weight)))
+        self.train(conv.training)
     def kernel(self) -> tuple[Tensor,Tensor]: # weight [out,in/groups,k,k] and bias [out] as they act
         "W ⊙ Φ_S1 and b + Φ_S2."
         return self.weight*self.scale, self.shift if self.bias is None else self.bias + self.shift
@@ -35,42 +39,43 @@ class SSConv2d(nn.Conv2d):
     ) -> Tensor: # [B,out,H',W']
         return self._conv_forward(x, *self.kernel())
 
-# %% ../nbs/08_scale_shift.ipynb #4ae01c3d
-def _swap(module, test, make):
-    for name, child in module.named_children():
-        if test(child): setattr(module, name, make(child))
-        else: _swap(child, test, make)
+# %% ../nbs/08_scale_shift.ipynb #423b0e60
+def _swap(module, test, make, seen): # replace children in place; a module that is used twice is replaced by one
+    for name, child in module._modules.items():
+        if child is None: continue
+        if child not in seen: seen[child] = make(child) if test(child) else _swap(child, test, make, seen)
+        setattr(module, name, seen[child])
     return module
 
-# %% ../nbs/08_scale_shift.ipynb #8d6fd345
+# %% ../nbs/08_scale_shift.ipynb #122cf2f4
 def scale_shift(
     net:nn.Module, # any network with `Conv2d` layers
 ) -> nn.Module: # a frozen copy in evaluation mode; only its scales and shifts are trainable
-    "Put a scale and a shift on every convolution larger than 1×1. The network that was given is untouched."
-    net = deepcopy(net).requires_grad_(False).eval()
-    big = lambda m: type(m) is nn.Conv2d and max(m.kernel_size) > 1
-    if big(net): return SSConv2d(net)
+    "Put a scale and a shift on every plain convolution larger than 1×1. The network that was given is untouched."
+    if any(isinstance(m, SSConv2d) for m in net.modules()): raise ValueError("this network has scales and shifts already: `merge` them into its weights first")
+    big = lambda m: type(m) is nn.Conv2d and max(m.kernel_size) > 1 # not a subclass: its own forward would be lost
     if not any(big(m) for m in net.modules()): raise ValueError("this network has no plain Conv2d larger than 1×1 to scale and shift")
-    return _swap(net, big, SSConv2d)
+    net = deepcopy(net).requires_grad_(False).eval()
+    return SSConv2d(net) if big(net) else _swap(net, big, SSConv2d, {})
 
-# %% ../nbs/08_scale_shift.ipynb #24de6082
+# %% ../nbs/08_scale_shift.ipynb #87992646
 def ss_parameters(
     net:nn.Module, # a network from `scale_shift`
-) -> Iterator[tuple[str,nn.Parameter]]: # (name, parameter): Φ
+) -> Iterator[tuple[str,nn.Parameter]]: # (name, parameter), for each convolution its scale [out,in/groups,1,1] and its shift [out]
     "Φ: the scales and shifts by name."
     for name, m in net.named_modules():
         if isinstance(m, SSConv2d): yield from ((f"{name}.scale".lstrip("."), m.scale), (f"{name}.shift".lstrip("."), m.shift))
 
-# %% ../nbs/08_scale_shift.ipynb #586e7d6b
-def _plain(ss):
-    w, b = ss.kernel()
-    conv = nn.Conv2d(ss.in_channels, ss.out_channels, ss.kernel_size, ss.stride, ss.padding, ss.dilation, ss.groups, True, ss.padding_mode, device=w.device, dtype=w.dtype)
-    conv.weight, conv.bias = nn.Parameter(w.detach().clone()), nn.Parameter(b.detach().clone())
-    return conv
+# %% ../nbs/08_scale_shift.ipynb #3b46fc74
+def _plain(ss): # SSConv2d -> Conv2d
+    conv, (w, b) = nn.Conv2d(**_like(ss)), ss.kernel()
+    conv.weight, conv.bias = (nn.Parameter(o.detach().clone(), requires_grad=False) for o in (w, b))
+    return conv.train(ss.training)
 
+# %% ../nbs/08_scale_shift.ipynb #b698020f
 def merge(
     net:nn.Module, # a network from `scale_shift`
-) -> nn.Module: # a copy with plain convolutions, each with a bias
-    "Fold Φ into the weights: the same function, no cost left."
+) -> nn.Module: # a frozen copy with plain convolutions, each with a bias
+    "Fold Φ into the weights: the same function, no cost left. The network that was given is untouched."
     net = deepcopy(net)
-    return _plain(net) if isinstance(net, SSConv2d) else _swap(net, lambda m: isinstance(m, SSConv2d), _plain)
+    return _plain(net) if isinstance(net, SSConv2d) else _swap(net, lambda m: isinstance(m, SSConv2d), _plain, {})

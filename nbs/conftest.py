@@ -36,7 +36,7 @@ class Page(pytest.Item):
         if not (m := re.search(r"While Executing Cell #(\d+):", tb)): return tb
         cell = read_nb(self.path).cells[int(m[1]) - 1]
         tb = re.sub(r"  File \"[^\"]*(nbdev|execnb|IPython)[/\\][^\n]*\n(    [^\n]*\n)*", "", tb[m.end():].strip())
-        return f"cell {m[1]} of {self.path.name}:\n\n" + "\n".join(f"    {o}" for o in cell.source.splitlines()) + f"\n\n{tb}"
+        return f"cell {m[1]} of {self.path.name}: {tb.splitlines()[-1]}\n\n" + "\n".join(f"    {o}" for o in cell.source.splitlines()) + f"\n\n{tb}"
 
     def repr_failure(self, excinfo):
         return str(excinfo.value) if isinstance(excinfo.value, PageFailed) else super().repr_failure(excinfo)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 here = Path(__file__).resolve().parent
 nbs, root = here.parent, here.parents[1]
-urls = tomllib.loads((root/"pyproject.toml").read_text())["project"]["urls"]
+urls = tomllib.loads((root/"pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 story = {0, 1, 2, 5, 6, 7, 8, 10, 12, 13, 14, 15}  # the pages that tell the story; 90 and above: under the hood; the others: the workshop
 
 def notebook(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -138,10 +138,10 @@ def site():
         (work/"src"/f"{page(p)}.ipynb").write_text(json.dumps(nb))
     if err := sphinx(["-W", "--keep-going", "-q", "-c", str(here), "-d", str(work/"doctrees"), str(work/"src"), str(work/"html")]): sys.exit(err)
     shutil.move(work/"html", out)
-    for p in [nbs/"index.ipynb", *paths]: (out/f"{page(p)}.html.md").write_text(markdown(notebook(p)))
+    for p in [nbs/"index.ipynb", *paths]: (out/f"{page(p)}.html.md").write_text(markdown(notebook(p)), encoding="utf-8")
     print(f"the site is in {out}/index.html")
 
-def lib(): return tomllib.loads((root/"pyproject.toml").read_text())["project"]["name"]
+def lib(): return tomllib.loads((root/"pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
 
 if __name__ == "__main__":
     os.chdir(root); sys.path.insert(0, str(root))

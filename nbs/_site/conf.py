@@ -2,7 +2,7 @@
 import tomllib
 from pathlib import Path
 
-project_ = tomllib.loads((Path(__file__).parents[2]/"pyproject.toml").read_text())["project"]
+project_ = tomllib.loads((Path(__file__).parents[2]/"pyproject.toml").read_text(encoding="utf-8"))["project"]
 project = html_title = project_["name"]
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.mathjax", "sphinx-mathjax-offline", "sphinx.ext.githubpages"]
 nb_execution_mode = "off"

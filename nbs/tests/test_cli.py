@@ -1,0 +1,126 @@
+"Bad input at the command line: one clear line, exit code 2, nothing left behind."
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mtl_nb.cli import mtl_meta_test, mtl_run
+from mtl_nb.glyphs import glyphs
+
+
+def write(root, banks, classes, images):
+    for split, bank in banks.items():
+        for c in range(classes[split]):
+            folder = root/split/bank.names[c]
+            folder.mkdir(parents=True)
+            for i in bank.by_class[c][:images].tolist(): Image.fromarray(bank.x[i].permute(1, 2, 0).numpy()).save(folder/f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    write(root, glyphs(0), dict(train=5, val=5, test=5), 20)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, words, command=mtl_run, **arguments):
+    assert command(**arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("mtl_nb: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert words in err, err
+    assert not Path("out").exists() or not any(Path("out").iterdir())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(way=6), "5 classes"),
+    (dict(shots="-1"), "--shots"),
+    (dict(shots="1,x"), "--shots"),
+    (dict(shots="1,1"), "different"),
+    (dict(shots="6"), "20 images"),
+    (dict(query=0), "query"),
+    (dict(way=1), "way"),
+    (dict(tasks=0), "tasks"),
+    (dict(size=-3), "size"),
+    (dict(device="abacus"), "abacus"),
+    (dict(preset="huge"), "huge"),
+    (dict(exam="train"), "--exam"),
+    (dict(seed=-1), "seed"),
+    (dict(backbone="nowhere.safetensors"), "nowhere"),
+])
+def test_options(pictures, capsys, arguments, words):
+    refused(capsys, words, data=str(pictures), out="out", **arguments)
+
+
+def test_no_such_folder(capsys): refused(capsys, "no data set and no folder", data="nothing-here", out="out")
+
+
+def broken(pictures, tmp_path):
+    root = tmp_path/"broken"
+    shutil.copytree(pictures, root)
+    return root
+
+
+def test_split_missing(pictures, tmp_path, capsys):
+    root = broken(pictures, tmp_path)
+    shutil.rmtree(root/"val")
+    refused(capsys, "val", data=str(root), out="out")
+
+
+def test_class_in_two_splits(pictures, tmp_path, capsys):
+    root = broken(pictures, tmp_path)
+    name = next((root/"train").iterdir()).name
+    shutil.copytree(root/"train"/name, root/"test"/name)
+    refused(capsys, name, data=str(root), out="out")
+
+
+def test_class_too_small(pictures, tmp_path, capsys):
+    root = broken(pictures, tmp_path)
+    folder = next((root/"val").iterdir())
+    for file in list(folder.iterdir())[:10]: file.unlink()
+    refused(capsys, folder.name, data=str(root), out="out")
+
+
+def test_corrupt_image(pictures, tmp_path, capsys):
+    root = broken(pictures, tmp_path)
+    file = next(next((root/"train").iterdir()).iterdir())
+    file.write_bytes(file.read_bytes()[:100])
+    refused(capsys, file.name, data=str(root), out="out")
+    mtl_run(data=str(root), out="out", skip_bad=True, way=99)
+    assert file.name in capsys.readouterr().out
+
+
+def test_unwritable_out(pictures, capsys):
+    Path("file").write_text("in the way")
+    refused(capsys, "file", data=str(pictures), shots="1", out="file/run")
+    refused(capsys, "file", data=str(pictures), shots="1", out="file")
+
+
+def test_foreign_out(pictures, capsys):
+    Path("mine").mkdir(); Path("mine/thesis.txt").write_text("dear to me")
+    refused(capsys, "no run folder", data=str(pictures), shots="1", out="mine")
+    assert Path("mine/thesis.txt").read_text() == "dear to me"
+
+
+def test_foreign_weights(pictures, capsys, tmp_path):
+    Path("w.safetensors").write_bytes(b"not weights at all")
+    refused(capsys, "w.safetensors", mtl_meta_test, weights="w.safetensors", data=str(pictures))
+    refused(capsys, "no such", mtl_meta_test, weights="none.safetensors", data=str(pictures))
+    refused(capsys, "--weights", mtl_meta_test, data=str(pictures))
+    refused(capsys, "results.json", mtl_meta_test, weights=str(tmp_path), data=str(pictures))
+
+
+def test_from_the_shell(pictures):
+    "The console script itself: exit code and streams."
+    r = subprocess.run([sys.executable, "-c", "import sys; from mtl_nb.cli import mtl_run; sys.exit(mtl_run())", "--data", str(pictures), "--way", "9"], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
