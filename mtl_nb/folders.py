@@ -13,6 +13,7 @@ import json, os, tempfile, time, unicodedata, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,8 +108,7 @@ def _wrong_level(root, folders, files):
     where, images = _say(root), [n for n in files if _is_image(n)]
     if folders and set(folders) <= set(_SPLITS): return f"{where} holds splits ({_some(folders)}), not classes: give one of them, such as {where}{os.sep}{folders[0]}"
     if images: return f"images lie directly in {where} ({_some(images, 1)}): put those of each class into a folder of its own, {where}/CLASS/*"
-    if folders: return f"only one class in {where} ({_say(folders[0])}): at least two are needed"
-    return f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
+    return f"only one class in {where} ({_say(folders[0])}): at least two are needed" if folders else f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
 
 # %% ../nbs/03_folders.ipynb #0cc18b94
 def cache_folder() -> Path: # `$MTL_NB_CACHE`, else `mtl_nb` in the user's cache folder
@@ -139,15 +139,16 @@ def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffin
 def _write(f, classes, read, size, skip_bad, title):
     "Decode class by class into the open file `f`; the record comes last."
     r = dict(names=list(classes), counts=[], shape=None, hashes=[], checks=[], skipped=[])
-    def job(item):
+    def one(item):
         try: image = read(item); return item, pixel_hash(image), fit(image, size).transpose(2, 0, 1)
         except Exception as e: return item, e, None
+    def some(items): return [one(item) for item in items]           # a handful at a time: threads meet less often
     pool = ThreadPoolExecutor(_cores())
     try:
         with tqdm(total=sum(map(len, classes.values())), desc=title, unit="image", leave=False) as bar:
             for name, items in classes.items():
-                rows = []
-                for item, key, pixels in pool.map(job, items):
+                rows, k = [], max(1, min(16, len(items)//(4*_cores())))
+                for item, key, pixels in chain.from_iterable(pool.map(some, (items[i:i+k] for i in range(0, len(items), k)))):
                     bar.update()
                     if pixels is None and not skip_bad: raise BadInput(_bad(item, key))
                     if pixels is None: r["skipped"].append(_say(item)); continue
@@ -168,8 +169,7 @@ def _two_sizes(a, shape, b, other):
     return f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; give the size to bring them to, such as --size {min(*shape[1:], *other[1:])}"
 
 def _bad(item, error):
-    why = str(error)
-    if isinstance(error, PermissionError): why = "no permission"
+    why = "no permission" if isinstance(error, PermissionError) else str(error)
     if isinstance(error, UnidentifiedImageError): why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
     return f"cannot read the image {_say(item)} ({_say(why or type(error).__name__)}): replace or delete it, or go on without it: --skip-bad"
 

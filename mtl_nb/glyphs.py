@@ -145,7 +145,7 @@ def draw(
 # %% ../nbs/02_glyphs.ipynb #cd34ef03
 def contact_sheet(
     seed:int=0, # seed of the whole set
-    families:int=6, # rows: the first so many families
+    families:int=5, # rows: the first so many families
     each:int=2, # pictures of each member
 ) -> np.ndarray: # uint8 [rows*34, columns*34, 3]
     "Pictures from a few families: a row is a family, its four members one after the other."

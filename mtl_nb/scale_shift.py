@@ -66,13 +66,13 @@ def ss_parameters(
     for name, m in net.named_modules():
         if isinstance(m, SSConv2d): yield from ((f"{name}.scale".lstrip("."), m.scale), (f"{name}.shift".lstrip("."), m.shift))
 
-# %% ../nbs/08_scale_shift.ipynb #3b46fc74
+# %% ../nbs/08_scale_shift.ipynb #8ca2338b
 def _plain(ss): # SSConv2d -> Conv2d
     conv, (w, b) = nn.Conv2d(**_like(ss)), ss.kernel()
     conv.weight, conv.bias = (nn.Parameter(o.detach().clone(), requires_grad=False) for o in (w, b))
     return conv.train(ss.training)
 
-# %% ../nbs/08_scale_shift.ipynb #b698020f
+# %% ../nbs/08_scale_shift.ipynb #a884125b
 def merge(
     net:nn.Module, # a network from `scale_shift`
 ) -> nn.Module: # a frozen copy with plain convolutions, each with a bias
