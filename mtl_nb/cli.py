@@ -7,7 +7,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/cli.html.md"""
 # %% auto #0
 __all__ = ['at_the_door', 'numbers', 'device_of', 'mtl_run', 'models_of', 'mtl_meta_test']
 
-# %% ../nbs/21_cli.ipynb #758d8754
+# %% ../nbs/21_cli.ipynb #bd9cb018
 import json
 import sys
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from .data import BadInput
 from .devices import pick_device
 from .episodes import TaskShape
 from .experiments import preset as make_recipe
-from .experiments import row, run, table
-from .meta_test import Protocol, load_model, meta_test
+from .experiments import run
+from .meta_test import Protocol, load_model, meta_test, row, table
 
-# %% ../nbs/21_cli.ipynb #514519e1
+# %% ../nbs/21_cli.ipynb #541b9731
 def at_the_door(
     command:Callable[[],None], # what to do
 ) -> int: # the exit code: 0, or 2 for what the user can put right, 130 when stopped
@@ -35,7 +35,7 @@ def at_the_door(
     except KeyboardInterrupt: print("mtl_nb: stopped; the same command with --resume goes on from here", file=sys.stderr); return 130
     return 0
 
-# %% ../nbs/21_cli.ipynb #e8704201
+# %% ../nbs/21_cli.ipynb #0fa8768b
 def numbers(
     text:str, # such as "1,5"
     option:str, # its name, for the message
@@ -46,7 +46,7 @@ def numbers(
     if min(out) < 1: raise BadInput(f"{option} must be at least 1, got {min(out)}")
     return out
 
-# %% ../nbs/21_cli.ipynb #71ac4cbc
+# %% ../nbs/21_cli.ipynb #e00950bb
 def device_of(
     name:str, # see `pick_device`
 ) -> torch.device: # raises `BadInput`
@@ -54,7 +54,7 @@ def device_of(
     try: return pick_device(name)
     except ValueError as e: raise BadInput(f"--device: {e}") from None
 
-# %% ../nbs/21_cli.ipynb #a1ab4a4c
+# %% ../nbs/21_cli.ipynb #64ccd467
 _NAMES = ("glyphs", "glyphs-far", "fc100", "cifar-fs", "miniimagenet", "omniglot")
 
 def _left_out(
@@ -63,7 +63,7 @@ def _left_out(
     "What `--skip-bad` left out."
     return "".join(f"\n  left out: {o}" for o in skipped)
 
-# %% ../nbs/21_cli.ipynb #6b1a7e7e
+# %% ../nbs/21_cli.ipynb #1388c633
 @call_parse
 def mtl_run(
     data:str="glyphs", # glyphs, glyphs-far, fc100, cifar-fs, miniimagenet, omniglot, or a folder that holds train/, val/ and test/
@@ -100,7 +100,7 @@ def mtl_run(
         print(f"\n{table(results)}\nEverything is in {folder}")
     return at_the_door(command)
 
-# %% ../nbs/21_cli.ipynb #2b1b6b8b
+# %% ../nbs/21_cli.ipynb #12f1a76d
 def models_of(
     path:Path, # a run folder, or one weights file
     shots:tuple[int,...], # for a bare backbone
@@ -117,7 +117,7 @@ def models_of(
     if record["kind"] == "backbone": return [("head only", k, model) for k in shots]
     return [("MTL + HT" if record["hard"] else "MTL", record["shot"], model)]
 
-# %% ../nbs/21_cli.ipynb #12f1a76d
+# %% ../nbs/21_cli.ipynb #a911ca6c
 def _trained_size(
     path:Path, # a run folder or a weights file in one
 ) -> int|None: # pixels a side that its recipe asked for
@@ -125,7 +125,7 @@ def _trained_size(
     file = (path if path.is_dir() else path.parent)/"recipe.json"
     return json.loads(file.read_text())["recipe"]["size"] if file.is_file() else None
 
-# %% ../nbs/21_cli.ipynb #a911ca6c
+# %% ../nbs/21_cli.ipynb #63a0cb20
 @call_parse
 def mtl_meta_test(
     weights:str=None, # a run folder, or one weights file with its backbone's file beside it

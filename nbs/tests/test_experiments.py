@@ -7,8 +7,9 @@ import torch
 
 from mtl_nb.checkpoints import RunFolder
 from mtl_nb.data import BadInput
-from mtl_nb.experiments import preset, run, table
+from mtl_nb.experiments import preset, run
 from mtl_nb.glyphs import glyphs
+from mtl_nb.meta_test import table
 
 
 class Killed(Exception): pass

@@ -79,7 +79,9 @@ def test_modes(tmp_path):
     np.testing.assert_array_equal(read(g.convert("1", dither=0)), np.where(GREY > 127, 255, 0))
     np.testing.assert_array_equal(read(a.convert("CMYK"), "x.tif"), np.array(a))
     sixteen = GREY[..., 0].astype(np.uint16)*256 + 200
-    for name in ("x.png", "x.tif", "x.pgm"): np.testing.assert_array_equal(read(Image.fromarray(sixteen), name), GREY)
+    for name in ("x.png", "x.tif"): np.testing.assert_array_equal(read(Image.fromarray(sixteen), name), GREY)
+    (tmp_path/"x.pgm").write_bytes(b"P5 16 16 65535\n" + sixteen.astype(">u2").tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path/"x.pgm"), GREY)
     alpha = np.dstack([np.array(a), np.full((16, 16), 255, np.uint8)]); alpha[:8, :, 3] = 0
     white = np.array(a); white[:8] = 255
     np.testing.assert_array_equal(read(Image.fromarray(alpha)), white)
