@@ -148,14 +148,13 @@ class RunFolder:
         except OSError as e: raise BadInput(f"cannot write to {path}: {e.strerror}") from None
         file = self.path/"recipe.json"
         if file.exists():
-            try: there = json.loads(file.read_text())
-            except ValueError: raise BadInput(f"{file} is damaged: choose another --out") from None
+            try: there = dict(json.loads(file.read_text()))
+            except (ValueError, TypeError, OSError): raise BadInput(f"{file} is damaged: choose another --out") from None
             if there.get("recipe_sha256") != mine["recipe_sha256"]: raise BadInput(f"{path} holds another recipe: choose another --out, or delete that folder")
             if there.get("data") != mine["data"]: raise BadInput(f"{path} holds the same recipe on other data: choose another --out")
             if not resume: raise BadInput(f"{path} holds this recipe already: add --resume to go on with it, or choose another --out")
         elif inside: raise BadInput(f"{path} is not empty and no run folder: choose another --out")
-        try: write_whole(file, json.dumps(mine, indent=1).encode())
-        except OSError as e: raise BadInput(f"cannot write to {path}: {e.strerror}") from None
+        write_whole(file, json.dumps(mine, indent=1).encode())
 
 # %% ../nbs/11_checkpoints.ipynb #7db95843
 @patch

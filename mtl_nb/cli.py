@@ -100,7 +100,7 @@ def mtl_run(
         print(f"\n{table(results)}\nEverything is in {folder}")
     return at_the_door(command)
 
-# %% ../nbs/21_cli.ipynb #12f1a76d
+# %% ../nbs/21_cli.ipynb #a911ca6c
 def models_of(
     path:Path, # a run folder, or one weights file
     shots:tuple[int,...], # for a bare backbone
@@ -117,7 +117,7 @@ def models_of(
     if record["kind"] == "backbone": return [("head only", k, model) for k in shots]
     return [("MTL + HT" if record["hard"] else "MTL", record["shot"], model)]
 
-# %% ../nbs/21_cli.ipynb #a911ca6c
+# %% ../nbs/21_cli.ipynb #63a0cb20
 def _trained_size(
     path:Path, # a run folder or a weights file in one
 ) -> int|None: # pixels a side that its recipe asked for
@@ -125,7 +125,7 @@ def _trained_size(
     file = (path if path.is_dir() else path.parent)/"recipe.json"
     return json.loads(file.read_text())["recipe"]["size"] if file.is_file() else None
 
-# %% ../nbs/21_cli.ipynb #63a0cb20
+# %% ../nbs/21_cli.ipynb #5906513e
 @call_parse
 def mtl_meta_test(
     weights:str=None, # a run folder, or one weights file with its backbone's file beside it
@@ -155,5 +155,5 @@ def mtl_meta_test(
             result = meta_test(model, bank, Protocol("standard", shape, tasks, seed=seed), split)
             if method == "head only": rivals[k] = result
             rows.append(row(method, result, seed, None if method == "head only" else rivals.get(k)))
-        print("\n" + table(dict(rows=rows, data=dict(name=data))))
+        print("\n" + table(dict(rows=rows, data=dict(name=data if data in _NAMES else Path(data).resolve().name))))
     return at_the_door(command)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from mtl_nb.checkpoints import TrainState, load, load_state, pack, save, save_state, sha256, unpack, write_whole
+from mtl_nb.checkpoints import RunFolder, TrainState, load, load_state, pack, save, save_state, sha256, unpack, write_whole
 from mtl_nb.data import BadInput
 
 def refused(f, match):
@@ -203,3 +203,31 @@ def test_states_beside_each_other(path):
 def test_a_tree_that_does_not_fit_is_refused(path, tree):
     save(path, {"a": torch.ones(1)}, {"kind": "state", "tree": tree})
     refused(lambda: load_state(path), "damaged")
+
+# --- run folders ---------------------------------------------------------------------------------------------------
+RUN = dict(recipe=dict(shots=(1, 5)), recipe_sha256="5e1f", data=dict(name="glyphs"))
+
+@pytest.mark.parametrize("content", ["", "{", "3", "[1]", "null", "\"text\""])
+def test_a_damaged_recipe_is_refused(tmp_path, content):
+    (tmp_path/"recipe.json").write_text(content)
+    refused(lambda: RunFolder(tmp_path, RUN, resume=True), "recipe.json is damaged")
+    assert (tmp_path/"recipe.json").read_text() == content
+
+def test_places_that_can_be_no_run_folder(tmp_path):
+    (tmp_path/"file").write_text("x")
+    for p in tmp_path/"file", tmp_path/"file"/"run": refused(lambda: RunFolder(p, RUN), "cannot write to")
+    refused(lambda: RunFolder(tmp_path, RUN, resume=True), "no run folder")
+
+def test_a_run_goes_on_with_its_own_folder_only(tmp_path):
+    run = RunFolder(tmp_path/"a"/"b", RUN)
+    assert run.kept("phase1") is None
+    run.log.append(dict(loss=.5)); run.keep("phase1", train=state(), seconds=1.5); run.log.append(dict(loss=.4))
+    again = RunFolder(run.path, RUN, resume=True)
+    kept = again.kept("phase1")
+    assert kept["seconds"] == 1.5 and again.log == [dict(loss=.5)]
+    state().load_state_dict(kept["train"])
+    for other in RUN | dict(recipe_sha256="x"), RUN | dict(data=dict(name="fc100")): refused(lambda: RunFolder(run.path, other, resume=True), "holds")
+    (run.path/".phase1.state").write_bytes((run.path/".phase1.state").read_bytes()[:-9])
+    refused(lambda: again.kept("phase1"), "damaged")
+    again.forget()
+    assert sorted(os.listdir(run.path)) == ["log.jsonl", "recipe.json"]

@@ -1,0 +1,102 @@
+"Phase 1: stopped anywhere and resumed, dropout's dice, odd sizes."
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from mtl_nb.checkpoints import load_state, save_state
+from mtl_nb.data import BadInput, ImageBank
+from mtl_nb.pretrain import Classifier, PretrainConfig, learning_rate, pretrain, pretrain_state
+from mtl_nb.resnet12 import ResNet12
+
+WIDTHS = (4, 4, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    x = torch.randint(0, 256, (48, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return ImageBank(x, torch.arange(48) % 4, list("abcd"))
+
+
+def start(cfg, drop=0.): return pretrain_state(ResNet12(WIDTHS, drop), 4, cfg)
+def same(a, b): return all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
+
+
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("stop", [0, 1, 3])
+def test_resumed_is_never_stopped(bank, tmp_path, adam, stop):
+    cfg = PretrainConfig(epochs=3, batch=16, lr=.01, adam=adam)
+    whole, part, rest = (start(cfg, .2) for _ in range(3))
+    records = list(pretrain(whole, bank, cfg))
+    first = list(islice(pretrain(part, bank, cfg), stop))
+    save_state(tmp_path/"s", train=part)
+    rest.load_state_dict(load_state(tmp_path/"s")["train"])
+    assert first + list(pretrain(rest, bank, cfg)) == records and same(whole, rest)
+
+
+def test_global_dice_play_no_part(bank):
+    cfg, states = PretrainConfig(epochs=1, batch=16, lr=.1), []
+    for seed in 0, 1:
+        torch.manual_seed(seed)
+        states.append(start(cfg, .5))
+        before = torch.random.get_rng_state()
+        list(pretrain(states[-1], bank, cfg))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert same(*states)
+
+
+def test_seed_matters(bank):
+    cfg = PretrainConfig(epochs=1, batch=48, lr=.1, augment=None)   # one step on all images: only the head's start and dropout are drawn
+    a, b = start(cfg, .5), start(replace(cfg, seed=1), .5)
+    b.model.load_state_dict(a.model.state_dict())
+    (one,), (two,) = (list(pretrain(s, bank, c)) for s, c in ((a, cfg), (b, replace(cfg, seed=1))))
+    assert one["loss"] != two["loss"]
+
+
+def test_without_dropout_it_does_not(bank):
+    cfg, losses = PretrainConfig(epochs=1, batch=48, lr=.1, augment=None), []
+    for seed in 0, 1:
+        s = start(replace(cfg, seed=seed))
+        s.model.load_state_dict(start(cfg).model.state_dict())
+        losses.append(next(pretrain(s, bank, replace(cfg, seed=seed)))["loss"])
+    assert abs(losses[0] - losses[1]) < 1e-4
+
+
+@pytest.mark.parametrize("batch,steps", [(48, 1), (20, 2), (500, 1)])
+def test_odd_batches(bank, batch, steps):
+    cfg = PretrainConfig(epochs=1, batch=batch, lr=.01)
+    state = start(cfg)
+    record, = pretrain(state, bank, cfg)
+    assert 0 <= record["accuracy"] <= 1 and state.model.net.blocks[0].bn1.num_batches_tracked == steps and not state.model.training
+
+
+def test_done_is_done(bank):
+    cfg = PretrainConfig(epochs=1, batch=16)
+    state = start(cfg)
+    assert len(list(pretrain(state, bank, cfg))) == 1 and list(pretrain(state, bank, cfg)) == []
+
+
+def test_loss_that_is_no_number(bank):
+    cfg = PretrainConfig(epochs=2, batch=16)
+    state = start(cfg)
+    with torch.no_grad(): state.model.head.bias.fill_(float("nan"))
+    with pytest.raises(BadInput, match="no longer a finite number in epoch 1"): list(pretrain(state, bank, cfg))
+    assert state.done == 0
+
+
+@pytest.mark.parametrize("warmup", [0., .25, 1.])
+def test_one_cycle(warmup):
+    cfg = PretrainConfig(lr=.4, warmup=warmup)
+    rates = [learning_rate(cfg, i, 100) for i in range(100)]
+    peak = rates.index(max(rates))
+    assert 0 < min(rates) and max(rates) <= .4 and rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert learning_rate(cfg, 0, 1) > 0   # a run of one step still learns
+
+
+def test_head_from_its_own_seed():
+    net = ResNet12(WIDTHS)
+    torch.manual_seed(5); before = torch.random.get_rng_state()
+    a, b, c = Classifier(net, 4, 0), Classifier(net, 4, 0), Classifier(net, 4, 1)
+    assert torch.equal(a.head.weight, b.head.weight) and not torch.equal(a.head.weight, c.head.weight)
+    assert torch.equal(torch.random.get_rng_state(), before)
