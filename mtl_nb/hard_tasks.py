@@ -1,4 +1,4 @@
-"""Train again on the classes the model fails.
+"""Note which class went wrong in each task, then practise on those.
 
 Docs: https://mtl-nb.github.io/mtl_nb/hard_tasks.html.md"""
 
@@ -7,14 +7,15 @@ Docs: https://mtl-nb.github.io/mtl_nb/hard_tasks.html.md"""
 # %% auto #0
 __all__ = ['HardTasks']
 
-# %% ../nbs/14_hard_tasks.ipynb #5a13981f
+# %% ../nbs/14_hard_tasks.ipynb #6bcbacd1
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .data import BadInput
 from .episodes import Tasks, TaskShape, sample_tasks
 
-# %% ../nbs/14_hard_tasks.ipynb #6bcbacd1
+# %% ../nbs/14_hard_tasks.ipynb #bb9d044d
 class HardTasks(Tasks):
     "A task source that listens: after a stretch of random tasks, a stretch of tasks from the classes that failed in them."
     def __init__(self,
@@ -38,24 +39,46 @@ class HardTasks(Tasks):
         if self.hard: self.failed = []
         self.hard = not self.hard and bool(self.failed) and self.hard_count > 0
         self.left = self.hard_count if self.hard else self.random
-    def pool(self) -> Tensor: # int64 [at least N] classes
-        "The failure classes; when there are fewer than N, filled up from the others, anew for each batch."
-        failed, n = torch.tensor(self.failed, dtype=torch.int64), self.shape.n_way
-        others = torch.randperm(len(self.by_class), generator=self.g) if len(failed) < n else failed
-        others = others[~torch.isin(others, failed)]
-        return torch.cat([failed, others[:max(0, n - len(failed))]])
-    def feedback(self,
-        classes:Tensor, # int64 [E,N] the classes of the tasks just trained on
-        accuracy:Tensor, # float [E,N] query accuracy of each class, before the outer update
-    ) -> None:
-        "Note the class that failed most in each random task; a tie is broken by the generator."
-        if self.hard or self.hard_count == 0: return
-        for cls, acc in zip(classes, accuracy):
-            worst = cls[acc == acc.min()]
-            m = int(worst[torch.randint(len(worst), (1,), generator=self.g)] if len(worst) > 1 else worst[0])
-            if m not in self.failed: self.failed.append(m)
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "left": self.left, "hard": self.hard, "failed": list(self.failed)}
-    def load_state_dict(self, state:dict):
-        super().load_state_dict(state)
-        self.left, self.hard, self.failed = state["left"], state["hard"], list(state["failed"])
+
+# %% ../nbs/14_hard_tasks.ipynb #b7280a21
+@patch
+def failure(self:HardTasks,
+    classes:Tensor, # int64 [N] the classes of one task
+    accuracy:Tensor, # float [N] query accuracy of each
+) -> int: # the failure class m
+    "The class with the lowest accuracy; a tie is broken by the generator."
+    worst = classes[accuracy == accuracy.min()]
+    return int(worst[torch.randint(len(worst), (1,), generator=self.g)] if len(worst) > 1 else worst[0])
+
+@patch
+def feedback(self:HardTasks,
+    classes:Tensor, # int64 [E,N] the classes of the tasks just trained on
+    accuracy:Tensor, # float [E,N] query accuracy of each class, before the outer update
+) -> None:
+    "Add the failure class of each random task to the set; hard tasks are not listened to."
+    if self.hard or self.hard_count == 0: return
+    for m in map(self.failure, classes, accuracy):
+        if m not in self.failed: self.failed.append(m)
+
+# %% ../nbs/14_hard_tasks.ipynb #bdce7b1c
+@patch
+def pool(self:HardTasks) -> Tensor: # int64 [at least N] classes
+    "The failure classes; when there are fewer than N, filled up from the others, anew for each batch."
+    failed, n = torch.tensor(self.failed, dtype=torch.int64), self.shape.n_way
+    others = torch.randperm(len(self.by_class), generator=self.g) if len(failed) < n else failed
+    others = others[~torch.isin(others, failed)]
+    return torch.cat([failed, others[:max(0, n - len(failed))]])
+
+# %% ../nbs/14_hard_tasks.ipynb #b09f6981
+@patch
+def state_dict(self:HardTasks) -> dict: # everything that the next batches depend on
+    "Where the stream stands."
+    return {**Tasks.state_dict(self), "left": self.left, "hard": self.hard, "failed": list(self.failed)}
+
+@patch
+def load_state_dict(self:HardTasks,
+    state:dict, # from `state_dict`
+) -> None:
+    "Go on from where another stream stood."
+    Tasks.load_state_dict(self, state)
+    self.left, self.hard, self.failed = state["left"], state["hard"], list(state["failed"])
