@@ -1,4 +1,4 @@
-"""Adapt the head on the support set, differentiate the query loss, update Φ and θ₀.
+"""Learn from five pictures, be asked about others, and let the answers move the scales and shifts.
 
 Docs: https://mtl-nb.github.io/mtl_nb/meta_train.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/meta_train.html.md"""
 # %% auto #0
 __all__ = ['MTL', 'MetaTrainConfig', 'meta_state', 'meta_train']
 
-# %% ../nbs/13_meta_train.ipynb #3173b510
+# %% ../nbs/13_meta_train.ipynb #e4130b38
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
@@ -22,7 +22,7 @@ from .data import BadInput, ImageBank, augment
 from .devices import autocast
 from .episodes import Tasks, TaskShape
 
-# %% ../nbs/13_meta_train.ipynb #e4130b38
+# %% ../nbs/13_meta_train.ipynb #e5a97fb5
 class MTL(nn.Module):
     "A frozen backbone with its scales and shifts, and the base learner on top."
     def __init__(self,
@@ -38,8 +38,8 @@ class MTL(nn.Module):
         super().train(mode); self.backbone.eval()
         return self
     def embed(self,
-        x:Tensor, # [B,C,H,W]
-    ) -> Tensor: # float32 [B,D]
+        x:Tensor, # [B,C,H,W] normalised images
+    ) -> Tensor: # float32 [B,D] features
         f = self.backbone(x).float()
         return f if self.centre is None else 4*F.normalize(f - self.centre)
     def forward(self,
@@ -52,7 +52,7 @@ class MTL(nn.Module):
         labels = shape.labels(shape.k_shot).to(f.device).expand(len(f), -1)
         return self.base(f[:, :, :shape.k_shot].flatten(1, 2), labels, f[:, :, shape.k_shot:].flatten(1, 2))
 
-# %% ../nbs/13_meta_train.ipynb #342f13d5
+# %% ../nbs/13_meta_train.ipynb #c46d13ec
 @dataclass(frozen=True)
 class MetaTrainConfig:
     "Phase 2, as data."
@@ -65,7 +65,7 @@ class MetaTrainConfig:
     augment:dict|None=None # keywords of `augment` for support and query images alike, or None
     seed:int=0 # of augmentation
 
-# %% ../nbs/13_meta_train.ipynb #1c9ab4b3
+# %% ../nbs/13_meta_train.ipynb #ae7d6ddd
 def meta_state(
     model:MTL, # trained in place
     cfg:MetaTrainConfig,
@@ -76,18 +76,18 @@ def meta_state(
     groups = [dict(params=p, lr=lr, start=lr) for p, lr in ((rest, cfg.lr), (head, cfg.head_lr)) if p]
     return TrainState(model, torch.optim.Adam(groups), torch.Generator().manual_seed(cfg.seed))
 
-# %% ../nbs/13_meta_train.ipynb #e8067d4e
+# %% ../nbs/13_meta_train.ipynb #68c766e6
 def meta_train(
     state:TrainState, # from `meta_state`, or with a saved one loaded into it; `done` counts tasks
     tasks:Tasks, # where meta-batches come from; told after each how it went
     bank:ImageBank, # the base classes
     cfg:MetaTrainConfig,
 ) -> Iterator[dict]: # a record a step: tasks, loss, accuracy, hard, and accuracy of each class of each task
-    "The outer loop: adapt θ on each task's support set, minimise the mean query loss over Φ and θ₀."
+    "The outer loop: adapt θ on each task's support set, minimise the mean query loss over Φ and θ₀; raises `BadInput` if the loss is no longer finite."
     model, shape = state.model.train(), tasks.shape
     yq = shape.labels(shape.n_query).to(bank.x.device)
     while state.done < cfg.tasks:
-        idx = next(tasks)
+        idx = next(tasks)[:cfg.tasks - state.done]
         images = bank.take(idx)
         if cfg.augment is not None: images = augment(images.flatten(0, 2), state.g, **cfg.augment).unflatten(0, idx.shape)
         logits = model(images, shape)

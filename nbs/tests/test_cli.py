@@ -1,12 +1,10 @@
 "Bad input at the command line: one clear line, exit code 2, nothing left behind."
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from mtl_nb.cli import mtl_meta_test, mtl_run
@@ -43,7 +41,7 @@ def refused(capsys, words, command=mtl_run, **arguments):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(way=6), "5 classes"),
+    (dict(way=6), "only 5"),
     (dict(shots="-1"), "--shots"),
     (dict(shots="1,x"), "--shots"),
     (dict(shots="1,1"), "different"),
@@ -122,5 +120,5 @@ def test_foreign_weights(pictures, capsys, tmp_path):
 
 def test_from_the_shell(pictures):
     "The console script itself: exit code and streams."
-    r = subprocess.run([sys.executable, "-c", "import sys; from mtl_nb.cli import mtl_run; sys.exit(mtl_run())", "--data", str(pictures), "--way", "9"], capture_output=True, text=True)
+    r = subprocess.run([Path(sys.executable).parent/"mtl_run", "--data", str(pictures), "--way", "9"], capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
