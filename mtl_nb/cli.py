@@ -100,7 +100,7 @@ def mtl_run(
         print(f"\n{table(results)}\nEverything is in {folder}")
     return at_the_door(command)
 
-# %% ../nbs/21_cli.ipynb #a911ca6c
+# %% ../nbs/21_cli.ipynb #63a0cb20
 def models_of(
     path:Path, # a run folder, or one weights file
     shots:tuple[int,...], # for a bare backbone
@@ -117,7 +117,7 @@ def models_of(
     if record["kind"] == "backbone": return [("head only", k, model) for k in shots]
     return [("MTL + HT" if record["hard"] else "MTL", record["shot"], model)]
 
-# %% ../nbs/21_cli.ipynb #63a0cb20
+# %% ../nbs/21_cli.ipynb #5906513e
 def _trained_size(
     path:Path, # a run folder or a weights file in one
 ) -> int|None: # pixels a side that its recipe asked for
@@ -125,7 +125,7 @@ def _trained_size(
     file = (path if path.is_dir() else path.parent)/"recipe.json"
     return json.loads(file.read_text())["recipe"]["size"] if file.is_file() else None
 
-# %% ../nbs/21_cli.ipynb #5906513e
+# %% ../nbs/21_cli.ipynb #6fc4abbf
 @call_parse
 def mtl_meta_test(
     weights:str=None, # a run folder, or one weights file with its backbone's file beside it

@@ -1,4 +1,5 @@
 "Bad input at the command line: one clear line, exit code 2, nothing left behind."
+import json
 import shutil
 import subprocess
 import sys
@@ -122,3 +123,13 @@ def test_from_the_shell(pictures):
     "The console script itself: exit code and streams."
     r = subprocess.run([Path(sys.executable).parent/"mtl_run", "--data", str(pictures), "--way", "9"], capture_output=True, text=True)
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
+
+
+def test_quick_from_end_to_end(request, capsys):
+    "The README's first command, whole: `pytest nbs/tests/test_cli.py --nbflags slow`."
+    if "slow" not in request.config.getoption("--nbflags"): pytest.skip("minutes of training: add --nbflags slow")
+    assert mtl_run(out="out") == 0
+    assert all(o in capsys.readouterr().out for o in ("head only", "MTL + HT", "2,000 tasks"))
+    rows = json.loads(Path("out/results.json").read_text())["rows"]
+    gain = next(r["paired"] for r in rows if (r["method"], r["shot"]) == ("MTL", 1))
+    assert gain["difference"] > gain["ci95"]

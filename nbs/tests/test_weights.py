@@ -38,7 +38,7 @@ def test_it_knows_something(): assert accuracy(FILE) > 0.5
 
 
 def test_made_anew(request, tmp_path):
-    if "slow" not in str(request.config.getoption("--nbflags", default="")): pytest.skip("a minute of training: add --nbflags slow")
+    if "slow" not in request.config.getoption("--nbflags"): pytest.skip("a minute of training: add --nbflags slow")
     make(tmp_path/"new.safetensors")
     assert abs(accuracy(tmp_path/"new.safetensors") - accuracy(FILE)) < 0.02
 
