@@ -8,7 +8,6 @@ Docs: https://mtl-nb.github.io/mtl_nb/cli.html.md"""
 __all__ = ['at_the_door', 'numbers', 'device_of', 'mtl_run', 'models_of', 'mtl_meta_test']
 
 # %% ../nbs/21_cli.ipynb #bd9cb018
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from .benchmarks import load_data
+from .checkpoints import read_json
 from .data import BadInput
 from .devices import pick_device
 from .episodes import TaskShape
@@ -28,11 +28,12 @@ from .meta_test import Protocol, load_model, meta_test, row, table
 # %% ../nbs/21_cli.ipynb #541b9731
 def at_the_door(
     command:Callable[[],None], # what to do
+    resumable:bool=False, # can the same command go on after a stop?
 ) -> int: # the exit code: 0, or 2 for what the user can put right, 130 when stopped
     "Do it; say in one line what cannot be done."
     try: command()
     except BadInput as e: print(f"mtl_nb: {e}", file=sys.stderr); return 2
-    except KeyboardInterrupt: print("mtl_nb: stopped; the same command with --resume goes on from here", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("mtl_nb: stopped" + "; the same command with --resume goes on from here"*resumable, file=sys.stderr); return 130
     return 0
 
 # %% ../nbs/21_cli.ipynb #0fa8768b
@@ -44,6 +45,7 @@ def numbers(
     try: out = tuple(int(o) for o in str(text).split(","))
     except ValueError: raise BadInput(f"{option} takes whole numbers with commas between, such as 1,5; got '{text}'") from None
     if min(out) < 1: raise BadInput(f"{option} must be at least 1, got {min(out)}")
+    if len(set(out)) < len(out): raise BadInput(f"{option} must be different numbers, got {text}")
     return out
 
 # %% ../nbs/21_cli.ipynb #e00950bb
@@ -55,6 +57,12 @@ def device_of(
     except ValueError as e: raise BadInput(f"--device: {e}") from None
 
 # %% ../nbs/21_cli.ipynb #64ccd467
+def _named(data, root):
+    "The set's name as recipes know it; where `--root` means nothing it is refused."
+    name = data.lower() if data.lower() in _NAMES else Path(data).resolve().name
+    if root and name not in _NAMES[2:]: raise BadInput(f"--root is for {', '.join(_NAMES[2:])}; for a folder of your own use --data {root}")
+    return name
+
 _NAMES = ("glyphs", "glyphs-far", "fc100", "cifar-fs", "miniimagenet", "omniglot")
 
 def _left_out(
@@ -69,7 +77,7 @@ def mtl_run(
     data:str="glyphs", # glyphs, glyphs-far, fc100, cifar-fs, miniimagenet, omniglot, or a folder that holds train/, val/ and test/
     root:str=None, # where the set lies, or is to be downloaded to; not given: data
     download:store_true=False, # fetch the set if it is not there (fc100, cifar-fs, omniglot)
-    preset:str="quick", # quick: minutes on a CPU; small: up to an hour on a CPU; paper: for a GPU
+    preset:str="quick", # quick: minutes on a CPU; small: about an hour on a CPU; paper: for a GPU
     way:int=5, # classes in a task
     shots:str="1,5", # support images a class; a model is meta-trained for each
     query:int=15, # query images a class
@@ -85,7 +93,7 @@ def mtl_run(
 ):
     "Pre-train, meta-train without and with hard tasks, and examine on classes never seen."
     def command():
-        name = data if data in _NAMES else Path(data).resolve().name
+        name = _named(data, root)
         given = {k: v for k, v in dict(tasks=tasks, size=size).items() if v is not None}
         recipe, dev = make_recipe(preset, name, way=way, shots=numbers(shots, "--shots"), query=query, seed=seed, **given), device_of(device)
         if exam not in (None, "test", "val"): raise BadInput(f"--exam is test or val, got '{exam}'")
@@ -98,7 +106,7 @@ def mtl_run(
         folder = Path(out or f"data/runs/{name}-{preset}-s{seed}")
         results = run(recipe, banks, folder, dev, resume, backbone and Path(backbone))
         print(f"\n{table(results)}\nEverything is in {folder}")
-    return at_the_door(command)
+    return at_the_door(command, True)
 
 # %% ../nbs/21_cli.ipynb #63a0cb20
 def models_of(
@@ -110,7 +118,7 @@ def models_of(
     "The models that `--weights` names; a run folder gives its head only too, with the inner rate and steps that its val chose."
     if path.is_dir():
         if not (path/"results.json").is_file(): raise BadInput(f"{path} holds no finished run: it has no results.json")
-        rows = [r for r in json.loads((path/"results.json").read_text())["rows"] if r["protocol"] == "standard"]
+        rows = [r for r in read_json(path/"results.json").get("rows", []) if r["protocol"] == "standard"]
         file = {"head only": "pretrain", "MTL": "mtl-{}shot", "MTL + HT": "mtl-ht-{}shot"}
         return [(r["method"], r["shot"], load_model(path/f"{file[r['method']].format(r['shot'])}.safetensors", r["way"], (r["lr"], r["steps"]), device)[0]) for r in rows]
     model, record = load_model(path, way, device=device)
@@ -123,7 +131,7 @@ def _trained_size(
 ) -> int|None: # pixels a side that its recipe asked for
     "The image size of the run that weights belong to."
     file = (path if path.is_dir() else path.parent)/"recipe.json"
-    return json.loads(file.read_text())["recipe"]["size"] if file.is_file() else None
+    return read_json(file).get("recipe", {}).get("size") if file.is_file() else None
 
 # %% ../nbs/21_cli.ipynb #6fc4abbf
 @call_parse
@@ -144,10 +152,14 @@ def mtl_meta_test(
     "Examine saved weights on classes they have never seen."
     def command():
         if weights is None: raise BadInput("say which weights to examine: --weights RUN_FOLDER or --weights FILE")
-        dev = device_of(device)
+        if split not in ("train", "val", "test"): raise BadInput(f"--split is train, val or test, got '{split}'")
+        if way < 2: raise BadInput(f"--way must be at least 2, got {way}")
+        if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
+        dev, name = device_of(device), _named(data, root)
         models = models_of(Path(weights), numbers(shots, "--shots"), way, dev)
-        bank = load_data(data, root, size or _trained_size(Path(weights)), skip_bad=skip_bad, need=(split,))[split].to(dev)
+        bank = load_data(data, root, _trained_size(Path(weights)) if size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
+        if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
         for method, k, model in models:
             shape = TaskShape(len(model.base.weight), k, query)
@@ -155,5 +167,5 @@ def mtl_meta_test(
             result = meta_test(model, bank, Protocol("standard", shape, tasks, seed=seed), split)
             if method == "head only": rivals[k] = result
             rows.append(row(method, result, seed, None if method == "head only" else rivals.get(k)))
-        print("\n" + table(dict(rows=rows, data=dict(name=data if data in _NAMES else Path(data).resolve().name))))
+        print("\n" + table(dict(rows=rows, data=dict(name=name))))
     return at_the_door(command)

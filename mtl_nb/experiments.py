@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .base_learner import BaseLearner
-from .checkpoints import RunFolder, save, sha256, write_whole
+from .checkpoints import RunFolder, read_json, save, sha256, write_whole
 from .data import BadInput, ImageBank
 from .episodes import Tasks, TaskShape
 from .evaluation import evaluate, features, make_exam, tune
@@ -65,16 +65,18 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/18_experiments.ipynb #df20dd79
+_MARKS = ("glyphs", "glyphs-far", "omniglot") # drawn signs: small as they are, and another sign in the mirror
+
 def preset(
     name:str, # quick, small or paper
     data:str="glyphs", # name of the set
     **changes, # fields of `Recipe` to set otherwise
 ) -> Recipe: # raises `BadInput` for an unknown name
-    "quick: minutes on a CPU; small: up to an hour on a CPU; paper: full width and the paper's schedule, for a GPU."
-    seed, crop = changes.get("seed", 0), lambda pad: dict(pad=pad, flip=data not in ("glyphs", "glyphs-far", "omniglot"), jitter=0.)
+    "quick: minutes on a CPU; small: about an hour on a CPU; paper: full width and the paper's schedule, for a GPU."
+    seed, crop = changes.get("seed", 0), lambda pad: dict(pad=pad, flip=data not in _MARKS, jitter=0.)
     common = dict(data=data, preset=name, hard={1: 20, 5: 10, 10: 4} if data == "fc100" else {1: 10, 5: 4, 10: 4})
     if name == "quick":
-        r = Recipe(**common, tasks=2000, select=1000, phase1=PretrainConfig(epochs=6, batch=64, lr=0.1, augment=crop(2), seed=seed),
+        r = Recipe(**common, size=None if data in _MARKS else 32, tasks=2000, select=1000, phase1=PretrainConfig(epochs=6, batch=64, lr=0.1, augment=crop(2), seed=seed),
             phase2=MetaTrainConfig(tasks=400, batch=4, lr=3e-3, halve=400, seed=seed), inner=(0.2, 50), every=100)
     elif name == "small":
         r = Recipe(**common, size=32, tasks=10_000, phase1=PretrainConfig(epochs=20, augment=crop(4), seed=seed),
@@ -225,13 +227,14 @@ def _finish(recipe, folder, rows, data, device, seconds):
 # %% ../nbs/18_experiments.ipynb #89ae54c7
 def _check(recipe, banks):
     if recipe.exam not in banks: raise BadInput(f"the exam is to be on '{recipe.exam}', but the data has only {', '.join(banks)}")
-    if not recipe.shots or len(set(recipe.shots)) < len(recipe.shots): raise BadInput(f"shots must be different numbers, got {list(recipe.shots)}")
+    if not recipe.shots or len(set(recipe.shots)) < len(recipe.shots): raise BadInput(f"--shots must be different numbers, got {list(recipe.shots)}")
     small = min(min(b.x.shape[2:]) for b in banks.values())
     if small < 16: raise BadInput(f"images of {small} pixels are too small: ResNet-12 needs 16; set --size")
-    if recipe.seed < 0: raise BadInput(f"the seed must be 0 or more, got {recipe.seed}")
+    if not 0 <= recipe.seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {recipe.seed}")
     if recipe.tasks < 2: raise BadInput(f"an exam needs at least 2 tasks, got {recipe.tasks}")
     for k in recipe.shots:
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
+        if recipe.paper: paper_protocol(k, recipe.way).shape.check(banks[recipe.exam], f"'{recipe.exam}'")
 
 def run(
     recipe:Recipe,
@@ -243,11 +246,11 @@ def run(
 ) -> dict: # what `results.json` holds
     "All three phases, without and with hard tasks, for every shot; then the exam. Raises `BadInput` at the door."
     _check(recipe, banks)
-    if backbone: recipe = replace(recipe, backbone=sha256(backbone))
+    if backbone: read_backbone(backbone); recipe = replace(recipe, backbone=sha256(backbone))
     data = dict(name=recipe.data, digest={k: b.digest for k, b in banks.items()})
     folder = RunFolder(out, dict(recipe=asdict(recipe), recipe_sha256=recipe.digest(), data=data), resume)
     theta, done, banks = folder.path/"pretrain.safetensors", folder.path/"results.json", {k: b.to(device) for k, b in banks.items()}
-    if done.exists(): return json.loads(done.read_text())
+    if done.exists(): return read_json(done)
     if theta.exists(): folder.kept("phase1")
     elif backbone: _adopt(backbone, theta, banks["train"], recipe, device)
     else: phase_one(recipe, banks, folder, device)

@@ -149,7 +149,7 @@ def table(
     for protocol, split in dict.fromkeys((r["protocol"], r["split"]) for r in rows):
         mine = [r for r in rows if (r["protocol"], r["split"]) == (protocol, split)]
         shots = sorted({r["shot"] for r in mine})
-        out += [f"{mine[0]['way']}-way accuracy in % on {results['data']['name']} {split}, {mine[0]['tasks']:,} tasks, {protocol} protocol", "in brackets: the paired difference to head only", "",
+        out += [f"{mine[0]['way']}-way accuracy in % on {results['data']['name']} {split}, {mine[0]['tasks']:,} tasks, {protocol} protocol"] + ["in brackets: the paired difference to head only"]*any("paired" in r for r in mine) + ["",
                 f"{'':12}" + "".join(f"{f'{k}-shot':<30}" for k in shots)]
         for method in dict.fromkeys(r["method"] for r in mine):
             cells = []

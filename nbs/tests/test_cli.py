@@ -55,6 +55,8 @@ def refused(capsys, words, command=mtl_run, **arguments):
     (dict(preset="huge"), "huge"),
     (dict(exam="train"), "--exam"),
     (dict(seed=-1), "seed"),
+    (dict(seed=2**70), "seed"),
+    (dict(preset="paper", shots="11", query=5), "needs 22"),
     (dict(backbone="nowhere.safetensors"), "nowhere"),
 ])
 def test_options(pictures, capsys, arguments, words):
@@ -117,6 +119,32 @@ def test_foreign_weights(pictures, capsys, tmp_path):
     refused(capsys, "no such", mtl_meta_test, weights="none.safetensors", data=str(pictures))
     refused(capsys, "--weights", mtl_meta_test, data=str(pictures))
     refused(capsys, "results.json", mtl_meta_test, weights=str(tmp_path), data=str(pictures))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(split="nonsense"), "--split"),
+    (dict(way=0), "--way"),
+    (dict(seed=2**70), "--seed"),
+    (dict(shots="1,1"), "different"),
+    (dict(size=8), "16"),
+])
+def test_options_of_meta_test(pictures, capsys, arguments, words):
+    weights = Path(__file__).parents[2]/"data/weights/glyphs-small.safetensors"
+    refused(capsys, words, mtl_meta_test, weights=str(weights), data=str(pictures), **{"query": 5, "tasks": 20, **arguments})
+
+
+def test_damaged_run(pictures, capsys):
+    Path("run").mkdir(); Path("run/results.json").write_text('{"rows": [')
+    refused(capsys, "damaged", mtl_meta_test, weights="run", data=str(pictures))
+
+
+def test_bad_backbone_leaves_no_folder(pictures, capsys):
+    Path("b.json").write_text("{}")
+    refused(capsys, "b.json", data=str(pictures), shots="1", out="out", backbone="b.json")
+    assert not Path("out").exists()
+
+
+def test_root_without_a_set(pictures, capsys): refused(capsys, "--root", data="glyphs", root=str(pictures), out="out")
 
 
 def test_from_the_shell(pictures):
