@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -58,7 +59,8 @@ def load(
     "Read a file from `save`; a file that is damaged or of another kind is refused with `BadInput`."
     if not Path(path).is_file(): raise BadInput(f"no such weights file: {path}")
     try:
-        with safe_open(path, "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        data = Path(path).read_bytes() # one reading: opened a second time, the name may point to a newer file
+        tensors, meta = from_bytes(data), json.loads(data[8:8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     except (SafetensorError, OSError, ValueError) as e: raise BadInput(f"{path} is damaged or no safetensors file ({e})") from None
     try: record = json.loads(meta["record"])
     except (KeyError, ValueError): record = None
