@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .base_learner import BaseLearner, head_path, head_path_primal
-from .data import BadInput, ImageBank
-from .devices import autocast
+from .base_learner import BaseLearner, fit_heads
+from .data import BadInput, ImageBank, stream
+from .devices import ALONE, Team, autocast
 from .episodes import TaskShape, sample_tasks
 
 # %% ../nbs/10_evaluation.ipynb #a5a765cc
@@ -75,14 +75,16 @@ def features(
     bank:ImageBank, # the images
     batch:int=250, # images at a time
     mirror:bool=False, # of the mirrored images
-) -> Tensor: # float32 [n,D] on the bank's device; raises `ValueError` when `embed` is in training mode
+    device:torch.device|None=None, # where the network is; None: with the bank's pixels
+    team:Team=ALONE, # the processes that share the images
+) -> Tensor: # float32 [n,D] on the network's device; raises `ValueError` when `embed` is in training mode
     "Every image of a bank embedded once: from here on a task is a matter of indexing."
     if not _calm(embed): raise ValueError("the network is in training mode, where an image has no feature of its own: call .eval() first")
-    out = []
-    for idx in torch.arange(len(bank)).split(batch):
-        x = bank.take(idx).contiguous(memory_format=torch.channels_last)
-        with autocast(x.device): out.append(embed(x.flip(-1) if mirror else x).float())
-    return torch.cat(out)
+    out, mine, device = [], torch.arange(len(bank))[team.share(len(bank))], device or bank.x.device
+    for x, _ in stream(bank, mine.split(batch), device):
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(device): out.append(embed(x.flip(-1) if mirror else x).float())
+    return team.cat(torch.cat(out), len(bank))
 
 # %% ../nbs/10_evaluation.ipynb #59b9e5d6
 @torch.no_grad()
@@ -93,20 +95,23 @@ def exam_path(
     lr:float, # β
     steps:list[int], # inner steps to report at, ascending
     extra:Tensor|None=None, # [n,D] features of the mirrored images, to join the support set
-    chunk:int=500, # tasks at a time: memory does not grow with their number
+    chunk:int=1000, # tasks at a time: memory does not grow with their number
+    team:Team=ALONE, # the processes that share the tasks
 ) -> Tensor: # int64 [len(steps),T] right answers in each task
     "The exam, answered after several numbers of inner steps on the way."
     if list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, got {list(steps)}")
     k, q, device = exam.shape.k_shot, exam.shape.n_query, feats.device
     ys, yq, out = exam.shape.labels(k).to(device), exam.shape.labels(q).to(device), []
-    for idx in exam.idx.split(chunk):
-        sup, labels = idx[:, :, :k].flatten(1).to(device), ys.expand(len(idx), -1)
-        support, query = feats[sup], feats[idx[:, :, k:].flatten(1).to(device)]
+    for idx in exam.idx[team.share(len(exam))].split(chunk):
+        sup, ask, labels = idx[:, :, :k].flatten(1).to(device), idx[:, :, k:].flatten(1).to(device), ys.expand(len(idx), -1)
+        support = feats[sup]
         if extra is not None: support, labels = torch.cat([support, extra[sup]], 1), torch.cat([labels, labels], 1)
-        path = head_path if support.shape[1] < 2*support.shape[2] else head_path_primal
-        logits = path(support, labels, query, base.weight, base.bias, lr, steps)
-        out.append(torch.stack([(o.argmax(-1) == yq).sum(-1) for o in logits]).cpu())
-    return torch.cat(out, 1)
+        w, b = fit_heads(support, labels, base.weight, base.bias, lr, steps)
+        for part in torch.arange(len(idx)).split(25 if device.type == "cpu" else chunk): # few enough to stay in a CPU's cache
+            query = feats.index_select(0, ask[part].flatten()).unflatten(0, (len(part), -1))
+            logits = torch.baddbmm(b[part].flatten(1)[:, None], query, w[part].flatten(1, 2).mT).unflatten(2, b.shape[1:])
+            out.append((logits.argmax(-1) == yq[:, None]).sum(1))
+    return team.cat(torch.cat(out) if out else yq.new_zeros(0, len(steps)), len(exam)).T.cpu()
 
 # %% ../nbs/10_evaluation.ipynb #ee635a84
 def evaluate(
@@ -114,9 +119,10 @@ def evaluate(
     exam:Exam, # the tasks
     base:BaseLearner, # θ₀ with its rate and steps
     extra:Tensor|None=None, # [n,D] features of the mirrored images, to join the support set
+    team:Team=ALONE, # the processes that share the tasks
 ) -> Tensor: # int64 [T] right answers in each task, of N·Q
     "Sit an exam on cached features."
-    return exam_path(feats, exam, base, base.lr, [base.steps], extra)[0]
+    return exam_path(feats, exam, base, base.lr, [base.steps], extra, team=team)[0]
 
 # %% ../nbs/10_evaluation.ipynb #b9b2bffd
 def mean_ci(
@@ -144,9 +150,10 @@ def tune(
     base:BaseLearner, # θ₀
     rates:tuple[float,...]=RATES, # inner rates to try
     steps:tuple[int,...]=STEPS, # inner steps to try, ascending
+    team:Team=ALONE, # the processes that share the tasks
 ) -> tuple[float,int,Tensor]: # the best rate, the best number of steps, and the table [rates,steps] of accuracies
     "Choose the inner loop's rate and steps on val: the same grid for every method."
     total = exam.shape.n_way*exam.shape.n_query
-    table = torch.stack([exam_path(feats, exam, base, lr, list(steps)).double().mean(1)/total for lr in rates])
+    table = torch.stack([exam_path(feats, exam, base, lr, list(steps), team=team).double().mean(1)/total for lr in rates])
     best = table.argmax().item()
     return rates[best//len(steps)], steps[best % len(steps)], table

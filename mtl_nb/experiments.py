@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import platform
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from . import __version__
 from .base_learner import BaseLearner
 from .checkpoints import RunFolder, read_json, save, sha256, write_whole
 from .data import BadInput, ImageBank
+from .devices import Machine
 from .episodes import Tasks, TaskShape
 from .evaluation import evaluate, features, make_exam, tune
 from .hard_tasks import HardTasks
@@ -93,23 +95,23 @@ def phase_one(
     recipe:Recipe,
     banks:dict[str,ImageBank], # train and val
     folder:RunFolder, # where the state is kept, and `pretrain.safetensors` is left
-    device:torch.device,
+    machine:Machine=Machine(), # where and how
 ) -> None:
     "Phase 1, begun or resumed: leaves Θ and the base classes' mean feature."
     cfg, base, shape = recipe.phase1, banks["train"], TaskShape(recipe.way, recipe.shots[0], recipe.query)
     net = ResNet12(recipe.widths, recipe.drop, recipe.seed)
-    state, seconds, began = pretrain_state(net, len(base.names), cfg, device), 0., time.perf_counter()
+    state, seconds, began, place = pretrain_state(net, len(base.names), cfg, machine.device), 0., time.perf_counter(), dict(device=machine.device, team=machine.team)
     if kept := folder.kept("phase1"): state.load_state_dict(kept["train"]); seconds = kept["seconds"]
-    for record in pretrain(state, base, cfg):
+    for record in pretrain(state, base, cfg, machine.team, machine.compile(state.model)):
         seen = ""
         if record["epoch"] % max(1, cfg.epochs//5) == 0 or record["epoch"] == cfg.epochs:
-            right = evaluate(features(net, banks["val"]), make_exam(banks["val"], shape, 1, 500), BaseLearner(net.d, recipe.way, 0.03, 50).to(device))
+            right = evaluate(features(net, banks["val"], **place), make_exam(banks["val"], shape, 1, 500), BaseLearner(net.d, recipe.way, 0.03, 50).to(machine.device), team=machine.team)
             record["val"] = right.double().mean().item()/(recipe.way*recipe.query)
             seen = f", {recipe.shots[0]}-shot on val {100*record['val']:.1f} %"
         folder.log.append(dict(phase=1, **record))
         folder.keep("phase1", train=state, seconds=seconds + time.perf_counter() - began)
         print(f"phase 1: epoch {record['epoch']}/{cfg.epochs}, loss {record['loss']:.3f}, base accuracy {100*record['accuracy']:.1f} %{seen}", flush=True)
-    save_backbone(folder.path/"pretrain.safetensors", net, base, recipe, seconds + time.perf_counter() - began)
+    save_backbone(folder.path/"pretrain.safetensors", net, base, recipe, seconds + time.perf_counter() - began, machine)
 
 # %% ../nbs/18_experiments.ipynb #df355c09
 def save_backbone(
@@ -118,19 +120,20 @@ def save_backbone(
     base:ImageBank, # the base classes
     recipe:Recipe,
     seconds:float, # that phase 1 took
+    machine:Machine=Machine(), # where Θ is
 ) -> None:
     "Θ and, when features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
     if recipe.centred:
         some = torch.cat([o[:50] for o in base.by_class])
         part = ImageBank(base.x[some.to(base.x.device)], base.y[some], base.names, base.hashes[some])
-        tensors["centre"] = features(net, part).mean(0)
+        tensors["centre"] = features(net, part, device=machine.device, team=machine.team).mean(0)
     save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest()))
 
-def _adopt(source, path, base, recipe, device):
+def _adopt(source, path, base, recipe, machine):
     "Take a backbone from another run in place of phase 1; its centre is measured on this run's base classes."
-    net, _, record = read_backbone(source, device)
-    save_backbone(path, net, base, replace(recipe, drop=record["drop"]), record.get("seconds", 0.))
+    net, _, record = read_backbone(source, machine.device)
+    save_backbone(path, net, base, replace(recipe, drop=record["drop"]), record.get("seconds", 0.), machine)
 
 # %% ../nbs/18_experiments.ipynb #7f96dc5c
 _FROZEN = ("centre", "running_mean", "running_var", "num_batches_tracked")
@@ -143,24 +146,24 @@ def phase_two(
     hard:bool, # with hard tasks?
     banks:dict[str,ImageBank], # train and val
     folder:RunFolder, # holds `pretrain.safetensors`; where the state is kept, and `mtl-1shot.safetensors` or its like is left
-    device:torch.device,
     inner:tuple[float,int], # rate and steps of the inner loop in training
+    machine:Machine=Machine(), # where and how
 ) -> None:
     "Phase 2 for one shot, begun or resumed, stopped early on val: leaves Φ and θ₀."
     cfg, shape, name, theta = recipe.phase2, TaskShape(recipe.way, k_shot, recipe.query), f"mtl{'-ht'*hard}-{k_shot}shot", folder.path/"pretrain.safetensors"
     kept = folder.kept(name)
     if (folder.path/f"{name}.safetensors").exists(): return
-    net, centre, _ = read_backbone(theta, device)
-    model = MTL(scale_shift(net), BaseLearner(net.d, recipe.way, *inner, recipe.order).to(device), centre)
+    net, centre, _ = read_backbone(theta, machine.device)
+    model, place = MTL(scale_shift(net), BaseLearner(net.d, recipe.way, *inner, recipe.order).to(machine.device), centre), dict(device=machine.device, team=machine.team)
     by_class, seed = banks["train"].by_class, 1000*recipe.seed + k_shot
     tasks = HardTasks(by_class, shape, cfg.batch, seed, 20, recipe.hard.get(k_shot, 4)) if hard else Tasks(by_class, shape, cfg.batch, seed)
     state, select, seconds, began = meta_state(model, cfg), make_exam(banks["val"], shape, 1, recipe.select), 0., time.perf_counter()
     trained = lambda: {k: v.detach().clone() for k, v in state.state_dict()["model"].items() if not k.endswith(_FROZEN)}
-    look = lambda: evaluate(features(model.eval().embed, banks["val"]), select, model.base).double().mean().item()/(shape.n_way*shape.n_query)
+    look = lambda: evaluate(features(model.eval().embed, banks["val"], **place), select, model.base, team=machine.team).double().mean().item()/(shape.n_way*shape.n_query)
     if kept: state.load_state_dict(kept["train"]); tasks.load_state_dict(kept["tasks"]); best, seconds = kept["best"], kept["seconds"]
     else: best = dict(tasks=0, accuracy=look(), tensors=trained()); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
     due, bar = (state.done//recipe.every + 1)*recipe.every, tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
-    for record in meta_train(state, tasks, banks["train"], cfg) if not _stale(recipe, best, state.done) else ():
+    for record in meta_train(state, tasks, banks["train"], cfg, machine.at_once, machine.team, machine.compile(model)) if not _stale(recipe, best, state.done) else ():
         record.pop("by_class"); bar.update(record["tasks"] - bar.n)
         if state.done >= due or state.done >= cfg.tasks:
             due += recipe.every
@@ -172,7 +175,7 @@ def phase_two(
             if _stale(recipe, best, state.done): break
     bar.close()
     model.load_state_dict(best["tensors"], strict=False)
-    lr, steps, grid = tune(features(model.eval().embed, banks["val"]), select, model.base)
+    lr, steps, grid = tune(features(model.eval().embed, banks["val"], **place), select, model.base, team=machine.team)
     print(f"{'MTL + HT' if hard else 'MTL'}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; with inner rate {lr}, steps {steps}: {100*grid.max():.2f} %", flush=True)
     save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", way=recipe.way, shot=k_shot, hard=hard, lr=lr, steps=steps, tasks=best["tasks"],
         backbone=theta.name, backbone_sha256=sha256(theta), recipe=recipe.digest(), seconds=seconds + time.perf_counter() - began))
@@ -185,10 +188,11 @@ def examine(
     recipe:Recipe,
     k_shot:int, # K
     feats:Tensor|None=None, # [n,D] `features(model.embed, bank)`, when they are at hand
+    machine:Machine=Machine(), # where and how
 ) -> dict[str,Result]: # by protocol
     "Phase 3 for one model and one shot."
     protocols = [Protocol("standard", TaskShape(recipe.way, k_shot, recipe.query), recipe.tasks)] + [paper_protocol(k_shot, recipe.way)]*recipe.paper
-    return {p.name: meta_test(model, bank, p, recipe.exam, feats) for p in protocols}
+    return {p.name: meta_test(model, bank, p, recipe.exam, feats, machine.team) for p in protocols}
 
 # %% ../nbs/18_experiments.ipynb #cd33314b
 def plot_curves(
@@ -211,11 +215,10 @@ def plot_curves(
     return fig
 
 # %% ../nbs/18_experiments.ipynb #4f5ce34a
-def _finish(recipe, folder, rows, data, device, seconds):
+def _finish(recipe, folder, rows, data, machine, seconds):
     "Write the log, the curves and `results.json`, this last; the state of the phases is no longer needed."
     versions = dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}"
-    results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(recipe))), recipe_sha256=recipe.digest(), data=data, device=name, versions=versions,
+    results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(recipe))), recipe_sha256=recipe.digest(), data=data, device=str(machine), versions=versions,
         seconds={k: round(v, 1) for k, v in seconds.items()})
     folder.write_log()
     png = io.BytesIO(); plot_curves(folder.log).savefig(png, format="png", dpi=110)
@@ -236,11 +239,30 @@ def _check(recipe, banks):
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
         if recipe.paper: paper_protocol(k, recipe.way).shape.check(banks[recipe.exam], f"'{recipe.exam}'")
 
+def _open(out, identity, resume, team):
+    "The run folder; processes beyond the first get a passing copy of it, so that they read what it holds and write nowhere."
+    mine = []
+    def first():
+        mine.append(RunFolder(out, identity, resume))
+        return {p.name: p.read_bytes() for p in mine[0].path.iterdir() if p.is_file()} if team.size > 1 else {}
+    files = team.tell(first)
+    if mine: return mine[0]
+    place = tempfile.TemporaryDirectory(prefix="mtl_nb-")
+    for name, data in files.items(): (Path(place.name)/name).write_bytes(data)
+    folder = RunFolder(place.name, identity, True)
+    folder.place = place # deleted with it
+    return folder
+
+def _near(bank, device):
+    "The bank on the device, unless it would fill more than half of what is free there."
+    return bank if device.type == "cuda" and bank.x.numel() > torch.cuda.mem_get_info(device)[0]//2 else bank.to(device)
+
+# %% ../nbs/18_experiments.ipynb #e7685d17
 def run(
     recipe:Recipe,
     banks:dict[str,ImageBank], # train, val and, for an exam on it, test
     out:Path, # the run folder
-    device:torch.device=torch.device("cpu"),
+    machine:Machine=Machine(), # where and how
     resume:bool=False, # go on with what the folder holds
     backbone:Path|None=None, # weights that take the place of phase 1
 ) -> dict: # what `results.json` holds
@@ -248,27 +270,27 @@ def run(
     _check(recipe, banks)
     if backbone: read_backbone(backbone); recipe = replace(recipe, backbone=sha256(backbone))
     data = dict(name=recipe.data, digest={k: b.digest for k, b in banks.items()})
-    folder = RunFolder(out, dict(recipe=asdict(recipe), recipe_sha256=recipe.digest(), data=data), resume)
-    theta, done, banks = folder.path/"pretrain.safetensors", folder.path/"results.json", {k: b.to(device) for k, b in banks.items()}
+    folder, device, team = _open(out, dict(recipe=asdict(recipe), recipe_sha256=recipe.digest(), data=data), resume, machine.team), machine.device, machine.team
+    theta, done, banks = folder.path/"pretrain.safetensors", folder.path/"results.json", {k: _near(b, device) for k, b in banks.items()}
     if done.exists(): return read_json(done)
     if theta.exists(): folder.kept("phase1")
-    elif backbone: _adopt(backbone, theta, banks["train"], recipe, device)
-    else: phase_one(recipe, banks, folder, device)
+    elif backbone: _adopt(backbone, theta, banks["train"], recipe, machine)
+    else: phase_one(recipe, banks, folder, machine)
     net, centre, record = read_backbone(theta, device)
     head = lambda *inner: MTL(net, BaseLearner(net.d, recipe.way, *inner).to(device), centre)
-    feats = {s: features(head().embed, banks[s]) for s in {"val", recipe.exam}}
+    feats = {s: features(head().embed, banks[s], device=device, team=team) for s in {"val", recipe.exam}}
     rows, seconds = [], dict(pretrain=record["seconds"], meta_train=0., meta_test=0.)
     for k in recipe.shots:
-        lr, steps, grid = tune(feats["val"], make_exam(banks["val"], TaskShape(recipe.way, k, recipe.query), 1, recipe.select), head().base)
+        lr, steps, grid = tune(feats["val"], make_exam(banks["val"], TaskShape(recipe.way, k, recipe.query), 1, recipe.select), head().base, team=team)
         print(f"head only, {k}-shot: with inner rate {lr}, steps {steps} on val: {100*grid.max():.2f} %", flush=True)
-        for hard in (False, True): phase_two(recipe, k, hard, banks, folder, device, recipe.inner or (lr, steps))
+        for hard in (False, True): phase_two(recipe, k, hard, banks, folder, recipe.inner or (lr, steps), machine)
         began = time.perf_counter()
-        rivals = examine(head(lr, steps), banks[recipe.exam], recipe, k, feats[recipe.exam])
+        rivals = examine(head(lr, steps), banks[recipe.exam], recipe, k, feats[recipe.exam], machine)
         rows += [row("head only", r, recipe.seed) for r in rivals.values()]
         for method, name in (("MTL", f"mtl-{k}shot"), ("MTL + HT", f"mtl-ht-{k}shot")):
             model, meta = load_model(folder.path/f"{name}.safetensors", device=device)
             seconds["meta_train"] += meta["seconds"]
-            for p, r in examine(model, banks[recipe.exam], recipe, k).items():
+            for p, r in examine(model, banks[recipe.exam], recipe, k, machine=machine).items():
                 rows.append(row(method, r, recipe.seed, rivals[p], trained_tasks=meta["tasks"], seconds=round(meta["seconds"], 1)))
         seconds["meta_test"] += time.perf_counter() - began
-    return _finish(recipe, folder, rows, data, device, seconds)
+    return _finish(recipe, folder, rows, data, machine, seconds)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .base_learner import BaseLearner
 from .checkpoints import load, sha256
 from .data import BadInput, ImageBank
+from .devices import ALONE, Team
 from .episodes import TaskShape
 from .evaluation import Exam, exam_path, features, make_exam, mean_ci, paired_diff
 from .meta_train import MTL
@@ -78,6 +79,7 @@ def meta_test(
     protocol:Protocol=Protocol(),
     split:str="test", # the bank's name
     feats:Tensor|None=None, # [n,D] `features(model.embed, bank)`, when they are at hand
+    team:Team=ALONE, # the processes that share images and tasks
 ) -> Result: # raises `BadInput` when this model or these images cannot sit this exam
     "Embed each image once, then adapt the head on each task and count its right answers."
     model.eval()
@@ -85,9 +87,10 @@ def meta_test(
     if n != protocol.shape.n_way: raise BadInput(f"the model answers {n}-way tasks, the exam asks {protocol.shape.n_way}-way ones")
     lr = model.base.lr if protocol.lr is None else protocol.lr
     steps = model.base.steps if protocol.steps is None else protocol.steps
-    if feats is None: feats = features(model.embed, bank)
-    extra = features(model.embed, bank, mirror=True) if protocol.mirrored else None
-    return Result(exam, exam_path(feats, exam, model.base, lr, [steps], extra)[0], protocol, lr, steps)
+    place = dict(device=model.base.weight.device, team=team)
+    if feats is None: feats = features(model.embed, bank, **place)
+    extra = features(model.embed, bank, mirror=True, **place) if protocol.mirrored else None
+    return Result(exam, exam_path(feats, exam, model.base, lr, [steps], extra, team=team)[0], protocol, lr, steps)
 
 # %% ../nbs/15_meta_test.ipynb #7e6a47c8
 def paper_protocol(

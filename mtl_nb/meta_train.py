@@ -8,7 +8,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/meta_train.html.md"""
 __all__ = ['MTL', 'MetaTrainConfig', 'meta_state', 'meta_train']
 
 # %% ../nbs/13_meta_train.ipynb #e4130b38
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .base_learner import BaseLearner
 from .checkpoints import TrainState
 from .data import BadInput, ImageBank, augment
-from .devices import autocast
+from .devices import ALONE, Team, autocast
 from .episodes import Tasks, TaskShape
 
 # %% ../nbs/13_meta_train.ipynb #e5a97fb5
@@ -80,24 +80,36 @@ def meta_state(
 def meta_train(
     state:TrainState, # from `meta_state`, or with a saved one loaded into it; `done` counts tasks
     tasks:Tasks, # where meta-batches come from; told after each how it went
-    bank:ImageBank, # the base classes
+    bank:ImageBank, # the base classes; where the model is, or elsewhere
     cfg:MetaTrainConfig,
+    at_once:int=0, # tasks that go through the network together, where memory is short; 0: the whole batch. The numbers are the same
+    team:Team=ALONE, # the processes that share every batch
+    call:Callable|None=None, # stands in for the model, such as `torch.compile(state.model)`
 ) -> Iterator[dict]: # a record a step: tasks, loss, accuracy, hard, and accuracy of each class of each task
     "The outer loop: adapt θ on each task's support set, minimise the mean query loss over Φ and θ₀; raises `BadInput` if the loss is no longer finite."
-    model, shape = state.model.train(), tasks.shape
-    yq = shape.labels(shape.n_query).to(bank.x.device)
+    model, shape, params = state.model.train(), tasks.shape, [p for group in state.opt.param_groups for p in group["params"]]
+    device = params[0].device
+    yq = shape.labels(shape.n_query).to(device)
     while state.done < cfg.tasks:
         idx = next(tasks)[:cfg.tasks - state.done]
-        images = bank.take(idx)
-        if cfg.augment is not None: images = augment(images.flatten(0, 2), state.g, **cfg.augment).unflatten(0, idx.shape)
-        logits = model(images, shape)
-        loss = F.cross_entropy(logits.flatten(0, 1), yq.repeat(len(idx)))
+        mine, seats, loss, right = team.share(len(idx)), idx[0].numel(), yq.new_zeros((), dtype=torch.float32), [yq.new_zeros(0, shape.n_way, dtype=torch.float32)]
+        for p in params: p.grad = torch.zeros_like(p) if team.size > 1 else None
+        for part in torch.arange(len(idx))[mine].split(at_once or len(idx)) if mine.stop > mine.start else ():
+            images, g = bank.take(idx[part]).to(device), torch.Generator()
+            g.set_state(state.g.get_state()) # every part rolls the dice of the whole batch
+            if cfg.augment is not None: images = augment(images.flatten(0, 2), g, **cfg.augment, of=(int(part[0])*seats, len(idx)*seats)).unflatten(0, (len(part), *idx.shape[1:]))
+            logits = (call or model)(images, shape)
+            some = F.cross_entropy(logits.flatten(0, 1), yq.repeat(len(part)))*(len(part)/len(idx))
+            some.backward()
+            loss += some.detach()
+            right.append((logits.detach().argmax(-1) == yq).float().unflatten(1, (shape.n_way, -1)).mean(-1))
+        if cfg.augment is not None: torch.rand(len(idx)*seats, 7, generator=state.g)
+        team.sum([loss, *(p.grad for p in params if p.grad is not None)])
         for group in state.opt.param_groups: group["lr"] = group["start"]*max(cfg.floor, 0.5**(state.done//cfg.halve))
-        state.opt.zero_grad(set_to_none=True); loss.backward()
-        right = (logits.detach().argmax(-1) == yq).float().unflatten(1, (shape.n_way, -1)).mean(-1).cpu()
+        right = team.cat(torch.cat(right), len(idx)).cpu()
         tasks.feedback(bank.y[idx[:, :, 0]], right)
-        if not isfinite(loss.item()): raise BadInput(f"phase 2: the loss is no longer a finite number after {state.done} tasks: lower the outer or inner learning rate")
+        if not isfinite(loss := loss.item()): raise BadInput(f"phase 2: the loss is no longer a finite number after {state.done} tasks: lower the outer or inner learning rate")
         state.opt.step()
         state.done += len(idx)
-        yield dict(tasks=state.done, loss=loss.item(), accuracy=right.mean().item(), hard=tasks.hard, by_class=right)
+        yield dict(tasks=state.done, loss=loss, accuracy=right.mean().item(), hard=tasks.hard, by_class=right)
     model.eval()

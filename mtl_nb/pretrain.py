@@ -8,7 +8,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/pretrain.html.md"""
 __all__ = ['Classifier', 'PretrainConfig', 'learning_rate', 'pretrain_state', 'pretrain']
 
 # %% ../nbs/12_pretrain.ipynb #d647672f
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import cos, isfinite, pi
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import TrainState
-from .data import BadInput, ImageBank, augment
-from .devices import autocast
+from .data import BadInput, ImageBank, augment, stream
+from .devices import ALONE, Team, autocast
 
 # %% ../nbs/12_pretrain.ipynb #67e75ff3
 class Classifier(nn.Module):
@@ -52,6 +52,7 @@ class PretrainConfig:
     halve:int=5000 # steps, with `adam`
     augment:dict|None=field(default_factory=lambda: dict(pad=4, flip=True, jitter=0.3)) # keywords of `augment`, or None
     seed:int=0 # of shuffling, augmentation, dropout and the base head
+    shares:int=1 # batch norm sees each of so many parts of a batch apart: with several processes, at least one each
 
 # %% ../nbs/12_pretrain.ipynb #f0bac695
 def learning_rate(
@@ -78,30 +79,57 @@ def pretrain_state(
     return TrainState(model, opt, torch.Generator().manual_seed(cfg.seed))
 
 # %% ../nbs/12_pretrain.ipynb #1a71bd47
+def _share_step(call, model, x, y, cfg, dice, weight):
+    "One part of a batch, forward and backward: its weighted loss, its right answers."
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), autocast(x.device):
+        torch.manual_seed(dice)
+        logits = call(x.contiguous(memory_format=torch.channels_last))
+    loss = F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing)*weight
+    loss.backward()
+    return loss.detach(), (logits.detach().argmax(1) == y).sum()
+
+def _statistics(model): return [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in (m.running_mean, m.running_var)]
+
+# %% ../nbs/12_pretrain.ipynb #dd398f09
 def pretrain(
     state:TrainState, # from `pretrain_state`, or with a saved one loaded into it
-    bank:ImageBank, # the base classes
+    bank:ImageBank, # the base classes; where the model is, or elsewhere
     cfg:PretrainConfig,
+    team:Team=ALONE, # the processes that share every batch
+    call:Callable[[Tensor],Tensor]|None=None, # stands in for the model, such as `torch.compile(state.model)`
 ) -> Iterator[dict]: # a record an epoch: epoch, loss, accuracy (of the augmented training images), lr
     "Minimise the mean cross-entropy over all base classes, epoch by epoch; raises `BadInput` if the loss is no longer finite."
-    model, opt, steps = state.model, state.opt, max(1, len(bank)//cfg.batch)
-    y, gpu = bank.y.to(bank.x.device), [bank.x.device] if bank.x.device.type == "cuda" else []
+    if cfg.shares % team.size: raise BadInput(f"{cfg.shares} shares of a batch cannot be dealt to {team.size} processes: take a multiple")
+    model, opt, steps, batch = state.model, state.opt, max(1, len(bank)//cfg.batch), min(cfg.batch, len(bank))
+    if cfg.shares > batch//2: raise BadInput(f"a batch of {batch} images in {cfg.shares} shares leaves batch norm fewer than 2 images: take fewer processes, or a larger batch")
+    device, params, stats = next(model.parameters()).device, [p for p in model.parameters() if p.requires_grad], _statistics(model)
+    counts = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
+    parts = [Team(r, cfg.shares).share(batch) for r in range(cfg.shares)][team.share(cfg.shares)] # which images of a batch are ours
+    first, last = parts[0].start, parts[-1].stop
     while state.done < cfg.epochs:
         model.train()
-        order, total, right = torch.randperm(len(bank), generator=state.g), 0., 0
-        bar = tqdm(range(steps), desc=f"phase 1, epoch {state.done + 1}/{cfg.epochs}", leave=False)
-        for i in bar:
-            step, idx = state.done*steps + i, order[i*cfg.batch:(i + 1)*cfg.batch]
-            x, target = bank.take(idx), y[idx.to(y.device)]
-            if cfg.augment is not None: x = augment(x, state.g, **cfg.augment)
-            with torch.random.fork_rng(gpu), autocast(x.device):
-                torch.manual_seed(1_000_003*cfg.seed + step) # dropout's dice
-                logits = model(x.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.smoothing)
+        order, total, right = torch.randperm(len(bank), generator=state.g), torch.zeros((), device=device), torch.zeros((), device=device)
+        batches = stream(bank, [o[first:last] for o in order.split(cfg.batch)[:steps]], device)
+        for i, (x, y) in enumerate(tqdm(batches, desc=f"phase 1, epoch {state.done + 1}/{cfg.epochs}", total=steps, leave=False)):
+            step = state.done*steps + i
+            if cfg.augment is not None: x = augment(x, state.g, **cfg.augment, of=(first, batch))
             for group in opt.param_groups: group["lr"] = lr = learning_rate(cfg, step, cfg.epochs*steps)
-            opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
-            total, right = total + loss.detach(), right + (logits.detach().argmax(1) == target).sum()
+            opt.zero_grad(set_to_none=True)
+            before, after = [b.clone() for b in stats], [torch.zeros_like(b) for b in stats]
+            for part in parts:
+                mine, dice = slice(part.start - first, part.stop - first), 1_000_003*cfg.seed + step + 2**40*(part.start*cfg.shares//batch)
+                if len(parts) > 1: [b.copy_(o) for b, o in zip(stats, before)]
+                loss, hits = _share_step(call or model, model, x[mine], y[mine], cfg, dice, (part.stop - part.start)/batch)
+                total += loss; right += hits
+                if len(parts) > 1: [a.add_(b, alpha=1/len(parts)) for a, b in zip(after, stats)]
+            if len(parts) > 1: # the statistics move by the mean of what the parts would have moved them
+                for b, a in zip(stats, after): b.copy_(a)
+                for c in counts: c.sub_(len(parts) - 1)
+            team.sum([p.grad for p in params])
+            opt.step()
+        sums = [total, right] + [b.div_(team.size) for b in stats]
+        team.sum(sums)
         if not isfinite(float(total)): raise BadInput(f"phase 1: the loss is no longer a finite number in epoch {state.done + 1}: lower the learning rate ({cfg.lr})")
         state.done += 1
         model.eval()
-        yield dict(epoch=state.done, loss=float(total)/steps, accuracy=float(right)/(steps*min(cfg.batch, len(bank))), lr=lr)
+        yield dict(epoch=state.done, loss=float(total)/steps, accuracy=float(right)/(steps*batch), lr=lr)

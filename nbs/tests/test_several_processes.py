@@ -1,0 +1,144 @@
+"Two gloo processes on the CPU give one process's numbers, one log and one set of files."
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtl_nb.base_learner import BaseLearner
+from mtl_nb.checkpoints import load
+from mtl_nb.data import BadInput
+from mtl_nb.devices import ALONE, Machine, Team, join
+from mtl_nb.episodes import TaskShape
+from mtl_nb.evaluation import exam_path, features, make_exam
+from mtl_nb.experiments import preset, run
+from mtl_nb.glyphs import glyphs
+from mtl_nb.hard_tasks import HardTasks
+from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.pretrain import PretrainConfig, pretrain, pretrain_state
+from mtl_nb.resnet12 import ResNet12
+from mtl_nb.scale_shift import scale_shift
+
+CROP = dict(pad=2, flip=True, jitter=.2, zoom=.8)
+
+def two(*args, n=2, timeout=300):
+    "Start this file, or a command, in `n` processes as torchrun would; their outputs and exit codes."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    them = [subprocess.Popen([*map(str, args)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
+    try: said = [p.communicate(timeout=timeout) for p in them]
+    finally: [p.kill() for p in them]
+    return said, [p.returncode for p in them]
+
+def one_phase(team, shares=2):
+    bank, cfg = glyphs(0)["train"].subset(range(8)), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, shares=shares)
+    state = pretrain_state(ResNet12((4, 8, 8, 16), drop=.1), 8, cfg)
+    return list(pretrain(state, bank, cfg, team)), state.model.state_dict()
+
+def two_phase(team, at_once=0):
+    bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=33, batch=3, lr=3e-3, augment=CROP)
+    state = meta_state(MTL(scale_shift(ResNet12((4, 8, 8, 16)).eval()), BaseLearner(16, 5, .1, 10), torch.zeros(16)), cfg)
+    params = [p for group in state.opt.param_groups for p in group["params"]]
+    state.opt = torch.optim.SGD([dict(params=params, lr=2., start=2.)]) # Adam would blow rounding up where a gradient is zero
+    tasks = HardTasks(bank.by_class, shape, 3, 0, random=7, hard_count=4)
+    records = list(meta_train(state, tasks, bank, cfg, at_once, team))
+    return records, state.model.state_dict()
+
+def exam_of(team):
+    bank = glyphs(0)["val"].subset(range(6))
+    net, exam = ResNet12((4, 8, 8, 16)).eval(), make_exam(bank, TaskShape(5, 1, 5), tasks=101)
+    feats = features(net, bank, team=team)
+    return feats, exam_path(feats, exam, BaseLearner(16, 5), .1, [1, 20], team=team)
+
+def plain(records): return [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.items()} for r in records]
+
+def near(a, b, tol):
+    for k, v in a.items():
+        if isinstance(v, torch.Tensor): assert (v.double() - b[k].double()).abs().max() <= tol*max(1, v.abs().max().item()), k
+        elif isinstance(v, float): assert abs(v - b[k]) <= tol, k
+        else: assert v == b[k], k
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pair")
+    said, codes = two(sys.executable, __file__, place)
+    assert codes == [0, 0], said
+    return [torch.load(place/f"{r}.pt") for r in range(2)]
+
+def test_phase_1_with_shares(pair):
+    records, weights = one_phase(ALONE)
+    for there, w in (p["one"] for p in pair):
+        for a, b in zip(records, there, strict=True): near(a, b, 1e-4)
+        near(weights, w, 1e-3)
+    assert all(torch.equal(v, pair[1]["one"][1][k]) for k, v in pair[0]["one"][1].items()), "the processes have come apart"
+    whole, _ = one_phase(ALONE, shares=1)
+    assert abs(whole[-1]["loss"] - records[-1]["loss"]) > 1e-4, "shares of a batch are another computation"
+
+def test_phase_2(pair):
+    records, weights = two_phase(ALONE)
+    for at_once, team in ((1, None), (2, None), (0, pair[0]), (0, pair[1])):
+        there, w = team["two"] if team else two_phase(ALONE, at_once)
+        for a, b in zip(plain(records), plain(there), strict=True): near(a, b, 1e-4)
+        near(weights, w, 1e-4)
+    start = scale_shift(ResNet12((4, 8, 8, 16))).state_dict()
+    assert max((v - weights[f"backbone.{k}"]).abs().max() for k, v in start.items() if k.endswith(("scale", "shift"))) > .01, "nothing was learned that could differ"
+    assert {r["hard"] for r in records} == {True, False}
+    assert all(torch.equal(v, pair[1]["two"][1][k]) for k, v in pair[0]["two"][1].items())
+
+def test_more_processes_than_tasks(pair):
+    assert Team(0, 2).share(1) == slice(0, 0) and Team(1, 2).share(1) == slice(0, 1)
+    assert any(r["tasks"] - s["tasks"] == 1 for r, s in zip(pair[0]["two"][0][1:], pair[0]["two"][0])), "no batch of one task was among them"
+
+def test_exam(pair):
+    feats, right = exam_of(ALONE)
+    for p in pair:
+        assert (p["exam"][0] - feats).abs().max() < 1e-5
+        assert (p["exam"][1] - right).abs().max() <= 1 and (p["exam"][1] == right).float().mean() > .98
+
+def test_first_tells_or_fails_for_all(pair):
+    assert [p["told"] for p in pair] == ["from 0", "from 0"] and [p["refused"] for p in pair] == ["no room", "no room"]
+
+def test_shares_that_do_not_fit():
+    bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, shares=5)
+    with pytest.raises(BadInput, match="fewer than 2 images"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg))
+    cfg = PretrainConfig(batch=8, shares=3)
+    with pytest.raises(BadInput, match="cannot be dealt to 2 processes"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg, Team(0, 2)))
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from PIL import Image
+    root = tmp_path_factory.mktemp("pictures")
+    for split, bank in glyphs(0).items():
+        for c in range(6):
+            (root/split/bank.names[c]).mkdir(parents=True)
+            for i in bank.by_class[c][:20]: Image.fromarray(bank.x[i].permute(1, 2, 0).numpy()).save(root/split/bank.names[c]/f"{i}.png")
+    return root
+
+def test_command_in_two_processes(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
+    command = [Path(sys.executable).parent/"mtl_run", "--data", pictures, "--size", "16", "--tasks", "40", "--query", "5", "--shots", "1", "--device", "cpu"]
+    said, codes = two(*command, "--out", tmp_path/"run")
+    assert codes == [0, 0], said
+    assert "MTL + HT" in said[0][0] and said[1] == ("", ""), "only the first process speaks"
+    results = json.loads((tmp_path/"run/results.json").read_text())
+    assert results["recipe"]["phase1"]["shares"] == 2 and results["device"].startswith("2 x cpu")
+    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors", "recipe.json", "results.json"]
+    _, record = load(tmp_path/"run/pretrain.safetensors")
+    again, codes = two(*command, "--out", tmp_path/"run")
+    assert codes == [2, 2] and "holds this recipe already" in again[0][1] and again[1] == ("", "")
+    done, codes = two(*command, "--out", tmp_path/"run", "--resume")
+    assert codes == [0, 0] and "MTL + HT" in done[0][0]
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    team = join(torch.device("cpu"))
+    def refuse(): raise BadInput("no room")
+    try: team.tell(refuse); refused = ""
+    except BadInput as e: refused = str(e)
+    out = dict(one=one_phase(team), two=two_phase(team), exam=exam_of(team), told=team.tell(lambda: f"from {team.rank}"), refused=refused)
+    torch.save(out, Path(sys.argv[1])/f"{team.rank}.pt")
