@@ -118,10 +118,13 @@ def load_model(
     if not theta.is_file(): raise BadInput(f"{path} needs its backbone '{theta.name}' beside it")
     if sha256(theta) != record["backbone_sha256"]: raise BadInput(f"{theta} is not the backbone that {Path(path).name} was trained on")
     net, centre, _ = read_backbone(theta, device)
-    model = MTL(scale_shift(net), BaseLearner(net.d, record["way"], record["lr"], record["steps"]).to(device), centre)
-    shapes = lambda named: {k: tuple(v.shape) for k, v in named}
-    if shapes(tensors.items()) != shapes((k, p) for k, p in model.named_parameters() if p.requires_grad):
-        raise BadInput(f"{path} does not hold all scales, shifts and head weights of its model, and nothing else")
+    method, base = record.get("method", "MTL"), BaseLearner(net.d, record["way"], record["lr"], record["steps"]).to(device)
+    if "batch statistics" in method: raise BadInput(f"{path} holds '{method}', whose batch norm sees whole tasks: `ablations.build` makes that model, and `task_features` its exam")
+    model = MTL(net if method.startswith("FT") else scale_shift(net), base, centre)
+    free = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad or method.startswith("FT")}
+    held, part = {k: tuple(v.shape) for k, v in tensors.items()}, method not in ("MTL", "MTL + HT") # some rows train a part
+    if not (held.items() <= free.items() and {"base.weight", "base.bias"} <= set(held)) if part else held != free:
+        raise BadInput(f"{path} does not hold all scales, shifts and head weights of its model, and nothing else" if not part else f"{path} does not hold what '{method}' trains")
     model.load_state_dict(tensors, strict=False)
     return model.requires_grad_(False), record
 

@@ -7,7 +7,8 @@ import torch
 
 from mtl_nb.checkpoints import RunFolder
 from mtl_nb.data import BadInput
-from mtl_nb.experiments import preset, run
+from mtl_nb.experiments import run
+from mtl_nb.recipes import preset
 from mtl_nb.glyphs import glyphs
 from mtl_nb.meta_test import table
 

@@ -16,7 +16,8 @@ from mtl_nb.data import BadInput
 from mtl_nb.devices import ALONE, Machine, Team, join
 from mtl_nb.episodes import TaskShape
 from mtl_nb.evaluation import exam_path, features, make_exam
-from mtl_nb.experiments import preset, run
+from mtl_nb.experiments import run
+from mtl_nb.recipes import preset
 from mtl_nb.glyphs import glyphs
 from mtl_nb.hard_tasks import HardTasks
 from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train

@@ -8,7 +8,8 @@ import torch
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.episodes import TaskShape
 from mtl_nb.evaluation import evaluate, features, make_exam
-from mtl_nb.experiments import preset, save_backbone
+from mtl_nb.experiments import save_backbone
+from mtl_nb.recipes import preset
 from mtl_nb.glyphs import glyphs
 from mtl_nb.meta_test import read_backbone
 from mtl_nb.meta_train import MTL
