@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/09_devices.ipynb #9f3225e4
@@ -61,34 +62,40 @@ class Team:
         flat = torch.cat([t.reshape(-1).to(tensors[0].dtype) for t in tensors])
         dist.all_reduce(flat)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
-    def cat(self,
-        x:Tensor, # [share of n,...] this process's part
-        n:int, # length of the whole
-    ) -> Tensor: # [n,...] on the same device
-        "Join everybody's part in the order of ranks."
-        if self.size == 1: return x
-        sizes = [s.stop - s.start for s in (Team(r, self.size).share(n) for r in range(self.size))]
-        mine = x.new_zeros(max(sizes), *x.shape[1:])
-        mine[:len(x)] = x
-        parts = [torch.empty_like(mine) for _ in sizes]
-        dist.all_gather(parts, mine)
-        return torch.cat([p[:m] for p, m in zip(parts, sizes)])
-    def tell(self,
-        make:Callable[[],object], # called by rank 0 alone
-    ) -> object: # what it gave back there, for every process; if it raised, every process raises the same
-        "Let rank 0 do it, and tell the others what came of it."
-        if self.size == 1: return make()
-        said = [None]
-        if self.rank == 0:
-            try: said = [(make(), None)]
-            except Exception as e: said = [(None, e)]
-        dist.broadcast_object_list(said, 0)
-        if said[0][1] is not None: raise said[0][1]
-        return said[0][0]
 
 ALONE = Team()
 
-# %% ../nbs/09_devices.ipynb #458b08de
+# %% ../nbs/09_devices.ipynb #eceafbde
+@patch
+def cat(self:Team,
+    x:Tensor, # [share of n,...] this process's part
+    n:int, # length of the whole
+) -> Tensor: # [n,...] on the same device
+    "Join everybody's part in the order of ranks."
+    if self.size == 1: return x
+    sizes = [s.stop - s.start for s in (Team(r, self.size).share(n) for r in range(self.size))]
+    mine = x.new_zeros(max(sizes), *x.shape[1:])
+    mine[:len(x)] = x
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine)
+    return torch.cat([p[:m] for p, m in zip(parts, sizes)])
+
+# %% ../nbs/09_devices.ipynb #51a0ad07
+@patch
+def tell(self:Team,
+    make:Callable[[],object], # called by rank 0 alone
+) -> object: # what it gave back there, for every process; if it raised, every process raises the same
+    "Let rank 0 do it, and tell the others what came of it."
+    if self.size == 1: return make()
+    said = [None]
+    if self.rank == 0:
+        try: said = [(make(), None)]
+        except Exception as e: said = [(None, e)]
+    dist.broadcast_object_list(said, 0)
+    if said[0][1] is not None: raise said[0][1]
+    return said[0][0]
+
+# %% ../nbs/09_devices.ipynb #c340dfe8
 def join(
     device:torch.device, # where this process computes
     hours:float=2., # after which a process that hears nothing gives up
@@ -101,13 +108,13 @@ def join(
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=hours))
     return Team(dist.get_rank(), dist.get_world_size())
 
-# %% ../nbs/09_devices.ipynb #bf17d046
+# %% ../nbs/09_devices.ipynb #1b199c86
 @dataclass(frozen=True)
 class Machine:
     "Where and how to compute. Nothing here decides a result, up to rounding."
     device:torch.device=torch.device("cpu") # of this process
     team:Team=ALONE # the processes that share the work
-    at_once:int=0 # phase 2: tasks that go through the network together; 0: the whole batch
+    at_once:int=0 # phase 2: tasks that go through the network together; 0: one on a CPU, whose cache is small, all of a step elsewhere
     compiled:bool=False # let `torch.compile` fuse the network's operations
     def compile(self,
         model:torch.nn.Module, # in training, images of one shape

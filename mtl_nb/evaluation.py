@@ -73,7 +73,7 @@ def _calm(embed): # a network in training mode gives an image another feature in
 def features(
     embed:Callable[[Tensor],Tensor], # [B,C,H,W] -> [B,D], in evaluation mode
     bank:ImageBank, # the images
-    batch:int=250, # images at a time
+    batch:int|None=None, # images at a time; None: 64 on a CPU, so that they stay near it, 500 elsewhere
     mirror:bool=False, # of the mirrored images
     device:torch.device|None=None, # where the network is; None: with the bank's pixels
     team:Team=ALONE, # the processes that share the images
@@ -81,7 +81,7 @@ def features(
     "Every image of a bank embedded once: from here on a task is a matter of indexing."
     if not _calm(embed): raise ValueError("the network is in training mode, where an image has no feature of its own: call .eval() first")
     out, mine, device = [], torch.arange(len(bank))[team.share(len(bank))], device or bank.x.device
-    for x, _ in stream(bank, mine.split(batch), device):
+    for x, _ in stream(bank, mine.split(batch or (64 if device.type == "cpu" else 500)), device):
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(device): out.append(embed(x.flip(-1) if mirror else x).float())
     return team.cat(torch.cat(out), len(bank))

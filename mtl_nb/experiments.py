@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -112,7 +111,7 @@ def phase_two(
     if kept: state.load_state_dict(kept["train"]); tasks.load_state_dict(kept["tasks"]); best, seconds = kept["best"], kept["seconds"]
     else: best = dict(tasks=0, accuracy=look(), tensors=trained(model)); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
     due, bar = (state.done//recipe.every + 1)*recipe.every, tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
-    for record in meta_train(state, tasks, banks["train"], cfg, machine.at_once, team, machine.compile(model)) if not _stale(recipe, best, state.done) else ():
+    for record in meta_train(state, tasks, banks["train"], cfg, machine.at_once or (1 if machine.device.type == "cpu" else 0), team, machine.compile(model)) if not _stale(recipe, best, state.done) else ():
         record.pop("by_class"); bar.update(record["tasks"] - bar.n)
         if state.done >= due or state.done >= cfg.tasks:
             due += recipe.every
@@ -160,8 +159,9 @@ def _answers(way, model, banks, recipe, k_shot, select, machine):
 # %% ../nbs/18_experiments.ipynb #6a6390a1
 def plot_curves(
     log:list[dict], # the records of a run
-) -> Figure:
+): # a matplotlib `Figure`
     "Phase 1's accuracies; in phase 2 the gain on `select` over its start."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 3.2), layout="constrained")
     a, b = fig.subplots(1, 2)
     one, two = [r for r in log if r["phase"] == 1], [r for r in log if r["phase"] == 2 and "val" in r]
@@ -174,15 +174,18 @@ def plot_curves(
         b.plot([r["tasks"] for r in mine], [100*(r["val"] - mine[0]["val"]) for r in mine], "--" if "5shot" in name else "-", marker=".",
                color="#d62728" if "ht" in name else "#1f77b4", label=name)
     b.axhline(0, color="k", lw=.6); b.set(title="Phase 2, on val", xlabel="tasks seen", ylabel="gain in accuracy, points")
-    for ax in (a, b): ax.legend(fontsize=8, frameon=False) if ax.lines else None
+    for ax in (a, b): ax.legend(fontsize=8, frameon=False) if ax.get_legend_handles_labels()[1] else None
     return fig
 
 # %% ../nbs/18_experiments.ipynb #7f96dc5c
 def _finish(recipe, folder, rows, data, machine, seconds):
     "Write the log, the curves and `results.json`, this last; the state of the phases is no longer needed."
     versions = dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version())
+    curves = {}
+    for o in folder.log:
+        if o["phase"] == 2 and "val" in o: curves.setdefault(o["run"], []).append([o["tasks"], round(o["val"], 5)])
     results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(recipe))), recipe_sha256=recipe.digest(), data=data, device=str(machine), versions=versions,
-        seconds={k: round(v, 1) for k, v in seconds.items()})
+        seconds={k: round(v, 1) for k, v in seconds.items()}, curves=curves)
     folder.write_log()
     png = io.BytesIO(); plot_curves(folder.log).savefig(png, format="png", dpi=110)
     write_whole(folder.path/"curves.png", png.getvalue())

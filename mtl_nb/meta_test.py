@@ -151,18 +151,18 @@ def table(
     results:dict, # of `results.json`
 ) -> str:
     "The rows as text: accuracy with its 95 % interval and, in brackets, the paired difference to head only."
-    rows, out = results["rows"], []
+    rows, out, wide = results["rows"], [], max([12] + [len(r["method"]) + 2 for r in results["rows"]])
     for protocol, split in dict.fromkeys((r["protocol"], r["split"]) for r in rows):
         mine = [r for r in rows if (r["protocol"], r["split"]) == (protocol, split)]
         shots = sorted({r["shot"] for r in mine})
         out += [f"{mine[0]['way']}-way accuracy in % on {results['data']['name']} {split}, {mine[0]['tasks']:,} tasks, {protocol} protocol"] + ["in brackets: the paired difference to head only"]*any("paired" in r for r in mine) + ["",
-                f"{'':12}" + "".join(f"{f'{k}-shot':<30}" for k in shots)]
+                f"{'':{wide}}" + "".join(f"{f'{k}-shot':<30}" for k in shots)]
         for method in dict.fromkeys(r["method"] for r in mine):
             cells = []
             for k in shots:
                 r = next((r for r in mine if r["shot"] == k and r["method"] == method), None)
                 p = r and r.get("paired")
                 cells.append("" if r is None else f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f"  ({p['difference']:+.2f} ±{p['ci95']:.2f})" if p else ""))
-            out.append((f"{method:12}" + "".join(f"{c:<30}" for c in cells)).rstrip())
+            out.append((f"{method:{wide}}" + "".join(f"{c:<30}" for c in cells)).rstrip())
         out.append("")
     return "\n".join(out)

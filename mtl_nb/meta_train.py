@@ -88,7 +88,7 @@ def meta_train(
 ) -> Iterator[dict]: # a record a step: tasks, loss, accuracy, hard, and accuracy of each class of each task
     "The outer loop: adapt θ on each task's support set, minimise the mean query loss over Φ and θ₀; raises `BadInput` if the loss is no longer finite."
     model, shape, params = state.model.train(), tasks.shape, [p for group in state.opt.param_groups for p in group["params"]]
-    device = params[0].device
+    device, forward = params[0].device, model if call is None else call
     yq = shape.labels(shape.n_query).to(device)
     while state.done < cfg.tasks:
         idx = next(tasks)[:cfg.tasks - state.done]
@@ -98,7 +98,7 @@ def meta_train(
             images, g = bank.take(idx[part]).to(device), torch.Generator()
             g.set_state(state.g.get_state()) # every part rolls the dice of the whole batch
             if cfg.augment is not None: images = augment(images.flatten(0, 2), g, **cfg.augment, of=(int(part[0])*seats, len(idx)*seats)).unflatten(0, (len(part), *idx.shape[1:]))
-            logits = (call or model)(images, shape)
+            logits = forward(images, shape)
             some = F.cross_entropy(logits.flatten(0, 1), yq.repeat(len(part)))*(len(part)/len(idx))
             some.backward()
             loss += some.detach()

@@ -79,11 +79,11 @@ def pretrain_state(
     return TrainState(model, opt, torch.Generator().manual_seed(cfg.seed))
 
 # %% ../nbs/12_pretrain.ipynb #1a71bd47
-def _share_step(call, model, x, y, cfg, dice, weight):
+def _share_step(forward, x, y, cfg, dice, weight):
     "One part of a batch, forward and backward: its weighted loss, its right answers."
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []), autocast(x.device):
         torch.manual_seed(dice)
-        logits = call(x.contiguous(memory_format=torch.channels_last))
+        logits = forward(x.contiguous(memory_format=torch.channels_last))
     loss = F.cross_entropy(logits.float(), y, label_smoothing=cfg.smoothing)*weight
     loss.backward()
     return loss.detach(), (logits.detach().argmax(1) == y).sum()
@@ -101,6 +101,7 @@ def pretrain(
     "Minimise the mean cross-entropy over all base classes, epoch by epoch; raises `BadInput` if the loss is no longer finite."
     if cfg.shares % team.size: raise BadInput(f"{cfg.shares} shares of a batch cannot be dealt to {team.size} processes: take a multiple")
     model, opt, steps, batch = state.model, state.opt, max(1, len(bank)//cfg.batch), min(cfg.batch, len(bank))
+    forward = model if call is None else call
     if cfg.shares > batch//2: raise BadInput(f"a batch of {batch} images in {cfg.shares} shares leaves batch norm fewer than 2 images: take fewer processes, or a larger batch")
     device, params, stats = next(model.parameters()).device, [p for p in model.parameters() if p.requires_grad], _statistics(model)
     counts = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
@@ -119,7 +120,7 @@ def pretrain(
             for part in parts:
                 mine, dice = slice(part.start - first, part.stop - first), 1_000_003*cfg.seed + step + 2**40*(part.start*cfg.shares//batch)
                 if len(parts) > 1: [b.copy_(o) for b, o in zip(stats, before)]
-                loss, hits = _share_step(call or model, model, x[mine], y[mine], cfg, dice, (part.stop - part.start)/batch)
+                loss, hits = _share_step(forward, x[mine], y[mine], cfg, dice, (part.stop - part.start)/batch)
                 total += loss; right += hits
                 if len(parts) > 1: [a.add_(b, alpha=1/len(parts)) for a, b in zip(after, stats)]
             if len(parts) > 1: # the statistics move by the mean of what the parts would have moved them

@@ -1,16 +1,18 @@
 "Kill and resume at every state that is written; same recipe, same numbers; a backbone from elsewhere."
 import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mtl_nb.checkpoints import RunFolder
+from mtl_nb.checkpoints import RunFolder, load, save
 from mtl_nb.data import BadInput
+from mtl_nb.episodes import TaskShape
 from mtl_nb.experiments import run
-from mtl_nb.recipes import preset
 from mtl_nb.glyphs import glyphs
-from mtl_nb.meta_test import table
+from mtl_nb.meta_test import Protocol, load_model, meta_test, row, table
+from mtl_nb.recipes import equal_time, preset
 
 
 class Killed(Exception): pass
@@ -75,3 +77,65 @@ def test_other_data_is_refused(banks, recipe, whole):
     _, out = whole
     other = dict(banks, test=glyphs(1)["test"].subset(range(5)))
     with pytest.raises(BadInput, match="other data"): run(recipe, other, out, resume=True)
+
+
+ROWS = ("FT [Θ4;θ]", "SS [Θ;θ], batch statistics", "update [Θ;θ]", "update θ, batch statistics")
+
+@pytest.fixture(scope="module")
+def ablated(banks, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("rows")/"run"
+    few = replace(recipe, methods=ROWS, phase2=replace(recipe.phase2, tasks=16), every=8, tasks=12)
+    return run(few, banks, out), few, out
+
+
+def test_rows_of_the_ablations(ablated, banks):
+    results, few, out = ablated
+    assert [r["method"] for r in results["rows"]] == ["head only", *ROWS] and all("paired" in r for r in results["rows"][1:])
+    assert {r["exam"] for r in results["rows"]} == {results["rows"][0]["exam"]}, "one list of tasks for all"
+    assert sorted(p.name for p in out.glob("*.safetensors")) == ["ft-theta4-1shot.safetensors", "mtl-batch-statistics-1shot.safetensors", "pretrain.safetensors"]
+    assert set(results["curves"]) == {"ft-theta4-1shot", "mtl-batch-statistics-1shot"} and [t for t, _ in results["curves"]["ft-theta4-1shot"]] == [0, 8, 16]
+
+
+def test_weights_of_a_row_load_again(ablated, banks):
+    results, few, out = ablated
+    model, record = load_model(out/"ft-theta4-1shot.safetensors")
+    assert record["method"] == "FT [Θ4;θ]"
+    result = meta_test(model, banks["test"], Protocol("standard", TaskShape(5, 1, 3), 12))
+    assert row("FT [Θ4;θ]", result, 0)["correct"] == results["rows"][1]["correct"]
+    with pytest.raises(BadInput, match="batch norm sees whole tasks"): load_model(out/"mtl-batch-statistics-1shot.safetensors")
+
+
+def test_a_row_with_a_part_missing_is_refused(ablated, tmp_path):
+    _, _, out = ablated
+    tensors, record = load(out/"ft-theta4-1shot.safetensors")
+    (tmp_path/"pretrain.safetensors").write_bytes((out/"pretrain.safetensors").read_bytes())
+    tensors.pop("base.weight")
+    save(tmp_path/"bad.safetensors", tensors, record)
+    with pytest.raises(BadInput, match="does not hold what 'FT"): load_model(tmp_path/"bad.safetensors")
+
+
+def test_rows_killed_and_resumed(ablated, banks, tmp_path, monkeypatch):
+    (expected, few, out), keep, left = ablated, RunFolder.keep, [4]
+    def short(self, *args, **kwargs):
+        keep(self, *args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0: raise Killed
+    monkeypatch.setattr(RunFolder, "keep", short)
+    with pytest.raises(Killed): run(few, banks, tmp_path/"run")
+    monkeypatch.undo()
+    assert same(run(few, banks, tmp_path/"run", resume=True), expected)
+
+
+def test_unknown_and_doubled_rows(banks, recipe, tmp_path):
+    with pytest.raises(BadInput, match="no row 'MAMA'"): run(replace(recipe, methods=("MAMA",)), banks, tmp_path/"a")
+    with pytest.raises(BadInput, match="must be different"): run(replace(recipe, methods=("MTL", "SS [Θ;θ]")), banks, tmp_path/"b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_equal_time(whole, banks, tmp_path):
+    results, _ = whole
+    longer = equal_time(results)
+    spent = max(r["seconds"] for r in results["rows"] if r["method"] == "MTL")
+    assert longer.phase1.epochs == 2 + math.ceil(spent/(results["seconds"]["pretrain"]/2))
+    again = run(replace(longer, phase1=replace(longer.phase1, epochs=3)), banks, tmp_path/"run")
+    assert [r["method"] for r in again["rows"]] == ["head only, equal time"] and again["rows"][0]["exam"] == results["rows"][0]["exam"]

@@ -134,3 +134,9 @@ def test_augmentation_comes_from_the_state_alone(bank):
         return [r["loss"] for r in meta_train(new(cfg), Tasks(bank.by_class, shape, 2, 0), bank, cfg)]
     some = dict(pad=2)
     assert losses(0, some) == losses(0, some) != losses(1, some) and losses(0, None) == losses(1, None) != losses(0, some)
+
+def test_a_compiled_model_gives_the_same(bank):
+    cfg = MetaTrainConfig(tasks=8, batch=2)
+    one, other = new(cfg), new(cfg)
+    a, b = (plain(meta_train(state, hard(bank), bank, cfg, call=call)) for state, call in ((one, None), (other, torch.compile(other.model, backend="eager"))))
+    assert a == b and same(tensors(one), tensors(other))

@@ -100,3 +100,8 @@ def test_head_from_its_own_seed():
     a, b, c = Classifier(net, 4, 0), Classifier(net, 4, 0), Classifier(net, 4, 1)
     assert torch.equal(a.head.weight, b.head.weight) and not torch.equal(a.head.weight, c.head.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_compiled_model_gives_the_same(bank):
+    cfg, plain, other = PretrainConfig(epochs=2, batch=16, lr=.01), start(PretrainConfig()), start(PretrainConfig())
+    assert list(pretrain(plain, bank, cfg)) == list(pretrain(other, bank, cfg, call=torch.compile(other.model, backend="eager"))) and same(plain, other)

@@ -1,0 +1,225 @@
+"Comparing records and the tables made of them: sources, emptied cells, refused exams, seeds, damaged files; on small made-up records."
+import base64
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from mtl_nb.compare import EQUAL, Cell, accuracy_at, answers, by_seed, difference, gain, of_one_recipe, places, read_results, rows_at
+from mtl_nb.data import BadInput
+from mtl_nb.recipes import preset
+from mtl_nb.results import PAPER, beside, deviations, differences, figure4, report, table1
+
+
+def row(method, right, seed=0, shot=1, exam=None, split="test", protocol="standard", query=15, **more):
+    right = torch.as_tensor(right)
+    return dict(method=method, split=split, way=5, shot=shot, query=query, tasks=len(right), accuracy=round(100*right.double().mean().item()/(5*query), 3), ci95=1., protocol=protocol,
+        exam=exam or f"{split}-{protocol}-{shot}", seed=seed, steps=5, lr=.1, correct=base64.b64encode(right.numpy().astype("<u2").tobytes()).decode(), **more)
+
+
+def right(mean, n=40, seed=0): return (torch.randn(n, generator=torch.Generator().manual_seed(seed))*4 + mean).round().long().clamp(0, 75)
+
+
+@pytest.fixture
+def write(tmp_path):
+    "Write a record of rows; what is given replaces fields of it, or of its recipe."
+    def f(name, rows, data="fc100", seed=0, curves=None, recipe={}, **changes):
+        r = replace(preset("small", data, seed=seed), **recipe)
+        run = dict(schema=1, kind="run", rows=rows, recipe=asdict(r), data=dict(name=data), curves=curves or {}) | changes
+        (tmp_path/name).write_text(json.dumps(run))
+        return tmp_path
+    return f
+
+
+@pytest.fixture
+def three(write):
+    "Three seeds, phase 1 anew, a 0.3, 0.5 and 0.9 points gain: 30, 50 and 90 more right answers over 10,000."
+    for s, more in enumerate((30, 50, 90)):
+        base = torch.full((1000,), 5) # of 10
+        best = base.clone(); best[:more] += 1
+        folder = write(f"fc100-small-s{s}.json", [row("head only", base, s, query=2), row("MTL", best, s, query=2)], seed=s)
+    return folder
+
+
+def refused(f, *words):
+    with pytest.raises(BadInput) as e: f()
+    assert all(w in str(e.value) for w in words) and "\n" not in str(e.value)
+
+
+def test_each_number_names_its_file(write):
+    write("one.json", [row("head only", right(40)), row("MTL", right(42, seed=1))])
+    folder = write("two.json", [row("FT θ", right(41, seed=2)), row("SS [Θ;θ] + HT", right(43, seed=3))], recipe=dict(backbone="f00d"))
+    t = table1(read_results(folder), "fc100", "small")
+    files = {m: t[m, "1-shot"].files for m in ("head only", "MTL", "FT θ", "MTL + HT", "FT [Θ;θ]", EQUAL)}
+    assert files == {"head only": ("one.json",), "MTL": ("one.json",), "FT θ": ("two.json",), "MTL + HT": ("two.json",), "FT [Θ;θ]": (), EQUAL: ()}
+    assert t.files == ["one.json", "two.json"] and "[1] `one.json`, [2] `two.json`" in repr(t)
+    assert abs(t["MTL", "1-shot"].mean - right(42, seed=1).double().mean().item()/75) < 1e-9
+    assert t["MTL", "1-shot, the paper"] == "43.6±1.8 [fig]" and t["FT θ", "10-shot, the paper"] == "61.1 [mem]"
+
+
+def test_deleting_a_file_empties_its_cells(write):
+    write("one.json", [row("head only", right(40)), row("MTL", right(42, seed=1))])
+    folder = write("two.json", [row("FT θ", right(41, seed=2))])
+    whole = table1(read_results(folder), "fc100", "small")
+    (folder/"two.json").unlink()
+    left = table1(read_results(folder), "fc100", "small")
+    assert str(left["FT θ", "1-shot"]) == "not yet run" and whole["FT θ", "1-shot"].files == ("two.json",)
+    assert [r for r in left.rows if r[0] != "FT θ"] == [r for r in whole.rows if r[0] != "FT θ"]
+    (folder/"one.json").unlink()
+    empty = table1(read_results(folder), "fc100", "small")
+    assert not empty.files and {str(c) for r in empty.rows for c in r if isinstance(c, Cell)} == {"not yet run"} and "Not yet run: miniimagenet small" in report(folder)
+
+
+def test_rows_of_the_table(write):
+    folder = write("a.json", [row(m, right(40)) for m in ("ProtoNet", "SS [Θ;θ], scale only", "head only", "update [Θ;θ]", "MAML 4-conv + HT")])
+    names = [r[0] for r in table1(read_results(folder), "fc100", "small").rows]
+    assert len(names) == 16 and names[:2] == ["update [Θ;θ]", "head only"] and names[12:] == [EQUAL, "SS [Θ;θ], scale only", "ProtoNet", "MAML 4-conv + HT"]
+    assert table1(read_results(folder), "fc100", "small")["MAML 4-conv + HT", "1-shot, the paper"] == "39.9 [fig]"
+
+
+def test_different_exams_are_refused(write):
+    a = row("MTL", right(40))
+    for k, v in dict(exam="another", protocol="paper", query=10, split="val", shot=5, way=7).items():
+        refused(lambda: difference(a, dict(row("head only", right(38)), **{k: v})), "'MTL'", "'head only'", k)
+    write("one.json", [a])
+    folder = write("two.json", [row("head only", right(38), exam="other images")])
+    runs = read_results(folder)
+    refused(lambda: gain(rows_at(runs, "fc100", "small"), "MTL", "head only", 1), "one.json", "two.json", "exam")
+    refused(lambda: table1(runs, "fc100", "small"), "one.json", "two.json")
+    refused(lambda: beside(runs, "fc100"), "one.json", "two.json")
+    assert "Not shown: 'MTL' in one.json and 'head only' in two.json are not compared" in report(folder)
+
+
+def test_common_prefix():
+    a, b = right(40, 30), right(38, 12, 1)
+    d, ci = difference(row("update [Θ;θ]", b), row("head only", a))
+    x = (b - a[:12]).double()/75
+    assert abs(d - x.mean().item()) < 1e-12 and abs(ci - 1.96*x.std().item()/12**.5) < 1e-12
+
+
+def test_seeds_against_arithmetic(three):
+    rows = rows_at(read_results(three), "fc100", "small")
+    c = gain(rows, "MTL", "head only", 1)
+    x = torch.tensor([.3, .5, .9], dtype=torch.float64)
+    assert abs(100*c.mean - x.mean().item()) < 1e-9 and abs(100*c.ci - 4.303*x.std().item()/3**.5) < 1e-9
+    assert (c.seeds, c.phases, c.tasks) == (3, 3, 1000) and c.verdict == "no difference shown (3 seeds)"
+    assert str(accuracy_at(rows, "MTL", 1)).endswith("(3 seeds)")
+
+
+def test_verdicts():
+    over = lambda *x, phases=None: Cell.over([(v, .001) for v in x], phases=len(x) if phases is None else phases, files=("a",), signed=True).verdict
+    assert over(.01, .011, .012) == "helps (3 seeds)" and over(-.01, -.011, -.012) == "hurts (3 seeds)"
+    assert over(.01, .011, .012, phases=1) == "ahead in these 3 runs" # one backbone
+    assert over(.01) == "ahead in this run" and over(-.01) == "behind in this run" and over(.0005) == "no difference shown in this run"
+    assert over(.010, .0101) == "ahead in these 2 runs" and over(.01, .02) == "no difference shown in these 2 runs" # t is 12.7
+    assert Cell.over([(0., 0.)], phases=1, files=("a",)).verdict == "the very same answers" and Cell().verdict == "not yet run"
+
+
+def test_one_backbone_is_one_phase_1(write):
+    for s in range(3): folder = write(f"s{s}.json", [row("head only", right(40), s), row("MTL", right(40) + 1, s)], seed=s, recipe=dict(backbone="f00d"))
+    c = gain(rows_at(read_results(folder), "fc100", "small"), "MTL", "head only", 1)
+    assert (c.seeds, c.phases, c.verdict) == (3, 1, "ahead in these 3 runs")
+
+
+def test_a_seed_recorded_twice_counts_once(write):
+    write("a.json", [row("head only", right(40)), row("MTL", right(42, seed=1))])
+    write("b.json", [row("head only", right(40, 50)), row("FT θ", right(41, seed=2))])
+    runs = read_results(write("c.json", [row("MTL + HT", right(43, seed=3))]))
+    rows = rows_at(runs, "fc100", "small")
+    assert [r["file"] for r in by_seed(rows, "head only", 1)[0]] == ["b.json", "a.json"] # the longer exam
+    t = table1(runs, "fc100", "small")
+    assert t["head only", "1-shot"].seeds == 1 and "recorded again" in repr(t) and "in a.json" in repr(t)
+    assert gain(rows, "MTL", "head only", 1).files == ("a.json",) # both sides from one file where there is one
+    assert gain(rows, "MTL + HT", "MTL", 1).files == ("c.json", "a.json")
+
+
+def test_recipes_that_do_not_go_together(write):
+    write("a.json", [row("MTL", right(40))])
+    longer = replace(preset("small", "fc100").phase1, epochs=40)
+    folder = write("equal.json", [row(EQUAL, right(41))], recipe=dict(phase1=longer, head_label=EQUAL, methods=()))
+    assert gain(rows_at(read_results(folder), "fc100", "small"), "MTL", EQUAL, 1).files == ("a.json", "equal.json")
+    write("b.json", [row("MTL", right(40), 1)], seed=1, recipe=dict(phase1=replace(longer, seed=1)))
+    refused(lambda: of_one_recipe(read_results(folder), "fc100", "small"), "a.json", "b.json", "phase1.epochs")
+    assert "Not shown: a.json and b.json" in report(folder)
+
+
+@pytest.mark.parametrize("how", ["torn", "list", "kind", "schema", "recipe", "row", "answers", "odd", "accuracy", "count", "too many", "curves", "bytes"])
+def test_damaged_and_foreign_files(write, how):
+    r = row("MTL", right(40))
+    folder = write("good.json", [r])
+    if how == "row": write("bad.json", [{k: v for k, v in r.items() if k != "exam"}])
+    elif how == "answers": write("bad.json", [dict(r, correct="???")])
+    elif how == "odd": write("bad.json", [dict(r, correct=base64.b64encode(b"abc").decode())])
+    elif how == "accuracy": write("bad.json", [dict(r, accuracy=r["accuracy"] + .01)])
+    elif how == "count": write("bad.json", [dict(r, tasks=41)])
+    elif how == "too many": write("bad.json", [row("MTL", right(40) + 60)])
+    elif how == "curves": write("bad.json", [r], curves={"mtl-1shot": [["a", None]]})
+    elif how == "recipe": (folder/"bad.json").write_text(json.dumps(dict(schema=1, kind="run", rows=[r], recipe={"data": "fc100"})))
+    elif how in ("kind", "schema"): write("bad.json", [r], **{how: "other"})
+    else: (folder/"bad.json").write_bytes(dict(torn=b'{"kind": "run", "rows": [', list=b"[1, 2]", bytes=b"\xff\xfe\x00")[how])
+    refused(lambda: read_results(folder), "bad.json")
+    refused(lambda: report(folder), "bad.json")
+
+
+def test_speed_records_are_passed_over(write):
+    folder = write("run.json", [row("MTL", right(40))])
+    (folder/"speed-cpu.json").write_text(json.dumps(dict(schema=1, kind="speed", rows=[])))
+    assert [r["file"] for r in read_results(folder)] == ["run.json"]
+    refused(lambda: read_results(folder/"nowhere"), "no such folder")
+
+
+def test_protocols_and_splits_stay_apart(write):
+    always = lambda n: torch.full((40,), n)
+    folder = write("a.json", [row("MTL", always(40)), row("MTL", always(4), protocol="paper", query=1), row("MTL", always(50), split="val")])
+    runs = read_results(folder)
+    mean = lambda t, r="MTL", c="1-shot": round(75*t[r, c].mean)
+    assert [mean(table1(runs, "fc100", "small")), mean(table1(runs, "fc100", "small", "val")), mean(table1(runs, "fc100", "small", "test", "paper"))] == [40, 50, 60]
+    t = beside(runs, "fc100")
+    assert [mean(t, f"here: MTL, small, {s}, {p} protocol") for s, p in (("test", "standard"), ("val", "standard"), ("test", "paper"))] == [40, 50, 60]
+    d = [r for r in deviations(runs).rows if r[2].endswith("protocol")]
+    assert [(r[2], r[3], round(75*r[4].mean)) for r in d] == [("MTL, standard protocol", "fc100, small, test", 40), ("MTL, paper protocol", "fc100, small, test", 60)]
+    assert str(beside(runs, "miniimagenet")["here, paper protocol", "1-shot"]) == "not yet run" and "paper protocol" in report(folder)
+
+
+def test_deviations_where_both_sides_are_recorded(write):
+    folder = write("a.json", [row("MTL", right(40)), row("SS [Θ;θ], batch statistics", right(40)[:20] - 1)])
+    t = deviations(read_results(folder))
+    c = t[("batch norm on each batch's own statistics", "running statistics, frozen"), "1-shot"]
+    assert abs(75*c.mean - 1) < 1e-9 and c.tasks == 20 and c.files == ("a.json",)
+    assert t["first-order outer gradient (PyTorch)", "1-shot"] == "not yet measured"
+
+
+def test_differences_by_place(write):
+    write("a.json", [row("MTL", right(40)), row("MTL + HT", right(41))])
+    folder = write("b.json", [row("MTL", right(50), split="val"), row("MTL + HT", right(50), split="val")], data="glyphs")
+    t = differences(read_results(folder), [("MTL + HT", "MTL"), ("MTL", EQUAL)])
+    assert [r[:2] for r in t.rows] == [("MTL + HT − MTL", "fc100, small, test"), ("MTL + HT − MTL", "glyphs, small, val"), (f"MTL − {EQUAL}", "")]
+    assert places(read_results(folder)) == [("fc100", "small", "test"), ("glyphs", "small", "val")]
+    assert repr(t).count("MTL + HT − MTL") == 1 # a repeated text is left out
+
+
+def test_figure_4(write, tmp_path):
+    curve = lambda up, stop: [[t, .4 + up*t/1000 - .0003*(t/100)**2] for t in range(0, stop, 100)]
+    for s in range(2): folder = write(f"s{s}.json", [row("MTL", right(40), s)], seed=s, curves={"mtl-1shot": curve(.03 + s/100, 900 - 300*s), "mtl-ht-1shot": curve(.04, 900)})
+    fig = figure4(read_results(folder), "fc100", "small")
+    ax, = fig.axes
+    labels = [o.get_text() for o in ax.get_legend().get_texts()]
+    assert labels == ["MTL, 2 seeds", "MTL + HT, 2 seeds"] and len(ax.lines) == 6
+    mean = ax.lines[2].get_xydata()
+    assert mean[-1, 0] == 500 and abs(mean[1, 1] - 100*(curve(.03, 900)[1][1] + curve(.04, 900)[1][1])/2) < 1e-9 # as far as all seeds went
+    out = tmp_path/"out"; out.mkdir()
+    assert "![fc100 small](figure4-fc100-small.png)" in report(folder, out) and (out/"figure4-fc100-small.png").read_bytes()[:4] == b"\x89PNG"
+    refused(lambda: report(folder, tmp_path/"nowhere"), "cannot write")
+    assert "recorded; give a folder" in report(folder)
+    for s in range(2): write(f"s{s}.json", [row("MTL", right(40), s)], seed=s)
+    assert "fc100 small: not yet recorded" in report(folder)
+
+
+def test_every_quoted_number_has_its_mark():
+    marked = [v for rows in PAPER.values() for v3 in rows.values() for v in v3 if v != "–"]
+    assert all(v.endswith("]") for v in marked) and PAPER["miniimagenet"]["MTL + HT"][0] == "61.2±1.8 [fig, seed]"
+
+
+def test_answers_are_little_endian():
+    assert answers(dict(correct=base64.b64encode(bytes([1, 0, 2, 1])).decode())).tolist() == [1, 258]
