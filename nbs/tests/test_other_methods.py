@@ -1,0 +1,220 @@
+"The rivals beyond their page: refusals, seeds, resume, task sources, exams, files."
+from copy import deepcopy
+from itertools import islice
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mtl_nb.ablations import exam_images
+from mtl_nb.base_learner import BaseLearner
+from mtl_nb.checkpoints import load_state, save_state
+from mtl_nb.data import BadInput, ImageBank
+from mtl_nb.devices import Team
+from mtl_nb.episodes import Tasks, TaskShape
+from mtl_nb.evaluation import evaluate, features, make_exam
+from mtl_nb.hard_tasks import HardTasks
+from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.other_methods import METHODS, MAML, TADAM, ConvNet4, Cosine, Prototypes, _exam, answers, co_train
+from mtl_nb.resnet12 import ResNet12
+
+shape = TaskShape(5, 1, 2)
+TRAINED = [k for k, r in METHODS.items() if r.meta]
+
+@pytest.fixture(scope="module")
+def bank():
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randint(256, (8, 1, 3, 4, 4), generator=g).expand(-1, 6, -1, -1, -1)   # a class is a coarse pattern
+    x = (mean + torch.randint(-60, 60, (8, 6, 3, 4, 4), generator=g)).clamp(0, 255).to(torch.uint8).flatten(0, 1)
+    return ImageBank(x.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.arange(8).repeat_interleave(6), list("abcdefgh"))
+
+@pytest.fixture(scope="module")
+def net():
+    net, g = ResNet12((4, 6, 8, 8), drop=0.3), torch.Generator().manual_seed(1)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2, generator=g); m.running_var.uniform_(.5, 2, generator=g)
+    return net.requires_grad_(False).eval()
+
+@pytest.fixture()
+def images(bank): return bank.take(next(Tasks(bank.by_class, shape, 3)))
+
+def build(label, net, **more): return METHODS[label].build(net, 5, classes=8, **more)
+
+def config(tasks=8): return MetaTrainConfig(tasks=tasks, batch=4, lr=1e-3, augment=dict(pad=1))
+
+def outer(label, net, bank, source=None, tasks=8):
+    model, cfg = build(label, net), config(tasks)
+    return model, list(METHODS[label].loop(meta_state(model, cfg), source or Tasks(bank.by_class, shape, 4), bank, cfg))
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: Prototypes(0), "at least one class"), (lambda: Cosine(0), "at least one class"),
+    (lambda: MAML(ConvNet4(4), 0), "n_way must be at least 1"), (lambda: MAML(ConvNet4(4), 5, steps=-1), "not negative"),
+    (lambda: MAML(ConvNet4(4), 5, lr=-1.), "not negative"), (lambda: MAML(ConvNet4(4), 5, order=3), "order must be 1 or 2"),
+    (lambda: TADAM(ConvNet4(4), 5, 8), "blocks of a ResNet12, got ConvNet4"), (lambda: ConvNet4(4, size=8), "at least 16 pixels"),
+    (lambda: ConvNet4(4)(torch.zeros(2, 1, 16, 16)), "got [2, 1, 16, 16]"), (lambda: ConvNet4(4)(torch.zeros(2, 3, 16, 15)), "at least 16"),
+    (lambda: ConvNet4(4, size=32)(torch.zeros(2, 3, 16, 16)), "made for 32 pixels a side, got [16, 16]")])
+def test_what_does_not_fit_is_refused_in_words(call, words):
+    with pytest.raises(ValueError) as e: call()
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+def test_labels_and_slugs_are_distinct():
+    assert all(k == r.label for k, r in METHODS.items()) and len({r.slug for r in METHODS.values()}) == len(METHODS)
+    assert all(r.slug.isascii() and r.slug.replace("-", "").isalnum() and r.slug == r.slug.lower() for r in METHODS.values())
+    assert (METHODS["MAML 4-conv, first order"].slug, METHODS["Meta-Baseline"].slug) == ("maml-4-conv-first-order", "meta-baseline")
+
+def test_nothing_touches_the_global_generator(net, bank, images):
+    torch.manual_seed(5); want = torch.rand(3); torch.manual_seed(5)
+    for label in METHODS: build(label, net)(images, shape)
+    outer("TADAM", net, bank)
+    assert torch.equal(torch.rand(3), want)
+
+@pytest.mark.parametrize("label", METHODS)
+def test_seed_decides_the_start_and_the_network_given_is_untouched(label, net, images):
+    kept = {k: v.clone() for k, v in net.state_dict().items()}
+    a, b, c = (build(label, net, seed=s) for s in (0, 0, 1))
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    random = label == "TADAM" or not METHODS[label].pretrained
+    assert random == any(not torch.equal(v, c.state_dict()[k]) for k, v in a.state_dict().items())
+    for p in a.parameters(): p.data += 1
+    assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items()) and not any(p.requires_grad for p in net.parameters())
+    assert any(torch.equal(v, kept[k.removeprefix("backbone.")]) for k, v in b.state_dict().items() if k.removeprefix("backbone.") in kept) == METHODS[label].pretrained
+
+@pytest.mark.parametrize("label", TRAINED)
+def test_training_moves_all_that_it_may_and_no_statistics(label, net, bank):
+    was, (model, records) = build(label, net).state_dict(), outer(label, net, bank)
+    assert [r["tasks"] for r in records] == [4, 8] and not model.training
+    free = {k for k, p in model.named_parameters() if p.requires_grad}
+    still = {k for k, v in model.state_dict().items() if torch.equal(v, was[k])}
+    idle = {k for k in free if k.endswith(".0.bias")} if "4-conv" in label else set()  # a bias before batch statistics: rounding may move it, or not
+    assert not (free - idle) & still and still | free == set(was)
+
+@pytest.mark.parametrize("label", TRAINED)
+def test_resumed_is_never_stopped(label, net, bank, tmp_path):
+    whole, _ = outer(label, net, bank)
+    model, cfg, tasks = build(label, net), config(), HardTasks(bank.by_class, shape, 4, 0, 20, 4)
+    tasks = Tasks(bank.by_class, shape, 4)
+    state = meta_state(model, cfg)
+    next(METHODS[label].loop(state, tasks, bank, cfg))
+    save_state(tmp_path/"state", train=state, tasks=tasks)
+    again, source, kept = build(label, net, seed=9), Tasks(bank.by_class, shape, 4, seed=9), load_state(tmp_path/"state")
+    after = meta_state(again, cfg)
+    after.load_state_dict(kept["train"]); source.load_state_dict(kept["tasks"])
+    assert len(list(METHODS[label].loop(after, source, bank, cfg))) == 1
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+@pytest.mark.parametrize("label", TRAINED)
+def test_hard_tasks_as_a_source(label, net, bank):
+    source = HardTasks(bank.by_class, shape, 4, 0, random=4, hard_count=4)
+    _, records = outer(label, net, bank, source)
+    assert [r["hard"] for r in records] == [False, True] and source.failed
+
+def test_part_by_part_is_the_whole(net, bank):
+    for label in "MAML ResNet-12", "TADAM", "Meta-Baseline":
+        models = [build(label, net) for _ in range(2)]
+        for model, at_once in zip(models, (0, 1)):
+            cfg = MetaTrainConfig(tasks=4, batch=4)
+            with torch.no_grad(): model.base.weight += .3 if model.base.weight.dim() < 2 else torch.eye(5, 8)
+            list(meta_train(meta_state(model, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, at_once=at_once))
+        grads = [torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in models]
+        assert (grads[0] - grads[1]).norm() < 1e-4*grads[0].norm()
+
+@pytest.mark.parametrize("label", METHODS)
+def test_exams(label, net, bank):
+    exam, model = make_exam(bank, shape, tasks=7), build(label, net)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    got = _exam(model, bank, exam, chunk=3)
+    assert got.dtype == torch.int64 and got.shape == (7,) and torch.equal(got, _exam(model, bank, exam, chunk=7)) and torch.equal(got, exam_images(model, bank, exam))
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()) and not any(p.grad is not None for p in model.parameters())
+    if METHODS[label].cached: assert torch.equal(answers(features(model.embed, bank), exam, model.base), got)
+
+def test_answers_with_mirror_images_and_in_shares(net, bank):
+    class Part(Team):   # each rank's share, uncut
+        def cat(self, x, n): return x
+    exam, model = make_exam(bank, shape, tasks=7), build("ProtoNet", net)
+    f, m = features(model.embed, bank), features(model.embed, bank, mirror=True)
+    assert torch.equal(answers(f, exam, model.base, m), exam_images(model, bank, exam, mirrored=True))
+    assert torch.equal(torch.cat([answers(f, exam, model.base, team=Part(r, 3)) for r in range(3)]), answers(f, exam, model.base))
+    base = BaseLearner(8, 5, 0.1, 5)
+    assert (answers(f, exam, base) - evaluate(f, exam, base)).abs().sum() <= 1
+
+def test_prototypes_are_means_whatever_the_order(net):
+    g = torch.Generator().manual_seed(0)
+    support, query, labels = torch.randn(2, 6, 4, generator=g), torch.randn(2, 3, 4, generator=g), torch.tensor([[0, 1, 2, 1, 0, 1], [2, 2, 0, 1, 2, 0]])
+    means = torch.stack([torch.stack([s[l == k].mean(0) for k in range(3)]) for s, l in zip(support, labels)])
+    assert torch.allclose(Prototypes(3).means(support, labels), means, atol=1e-6)
+    assert torch.allclose(Prototypes(3)(support, labels, query).log_softmax(-1), (-torch.cdist(query, means)**2).log_softmax(-1), atol=1e-4)
+    assert torch.allclose(Cosine(3, 2.)(support, labels, query), 2*F.cosine_similarity(query[:, :, None], means[:, None], dim=-1), atol=1e-6)
+
+@pytest.mark.parametrize("batch_stats", [False, True])
+def test_maml_against_finite_differences_on_a_resnet(batch_stats, net, images):
+    g, model = torch.Generator().manual_seed(0), MAML(deepcopy(net), 5, 0.05, 2, batch_stats=batch_stats).double().requires_grad_(True)
+    with torch.no_grad(): model.base.weight.normal_(0, .2, generator=g)
+    loss = lambda: F.cross_entropy(model(images.double(), shape).flatten(0, 1), shape.labels(2).repeat(3))
+    params = list(model.parameters())
+    slopes = torch.autograd.grad(loss(), params)
+    for _ in range(3):
+        way = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in params]
+        with torch.no_grad():
+            at = []
+            for step in 1e-7, -2e-7:
+                for p, w in zip(params, way): p += step*w
+                at.append(loss().item())
+            for p, w in zip(params, way): p += 1e-7*w
+        want = sum((s*w).sum() for s, w in zip(slopes, way)).item()
+        assert abs((at[0] - at[1])/2e-7 - want) < 1e-4*abs(want) + 1e-6
+
+def test_maml_is_a_loop_of_sgd(net, images):
+    model = MAML(deepcopy(net), 5, 0.05, 3, batch_stats=False)
+    for e, got in enumerate(model(images, shape)):
+        twin = torch.nn.Sequential(deepcopy(model.backbone), deepcopy(model.base)).requires_grad_(True).eval()
+        sgd = torch.optim.SGD(twin.parameters(), 0.05)
+        for _ in range(3): sgd.zero_grad(); F.cross_entropy(twin(images[e, :, 0]), torch.arange(5)).backward(); sgd.step()
+        assert torch.allclose(twin(images[e, :, 1:].flatten(0, 1)), got, atol=1e-4)
+
+def test_maml_keeps_no_graph_at_the_exam(net, images):
+    model = build("MAML ResNet-12", net)
+    with torch.no_grad(): assert not model(images, shape).requires_grad
+    assert model(images, shape).requires_grad and model.path(images, shape, [0, 0, 2]).shape == (3, 3, 10, 5)
+    assert torch.equal(model.path(images, shape, [model.steps])[0], model(images, shape))
+
+def test_batch_statistics_of_a_task_are_its_own(net, images):
+    model = MAML(ConvNet4(4), 5, steps=2)
+    with torch.no_grad(): model.base.weight += torch.eye(5, 4)
+    z = model(images, shape)
+    assert all(torch.allclose(model(x[None], shape)[0], o, atol=1e-5) for x, o in zip(images, z))
+    fewer = model(images[:, :, :2], TaskShape(5, 1, 1))
+    assert not torch.allclose(fewer, z[:, ::2], atol=1e-3)   # a query's answers depend on its company
+    calm = MAML(deepcopy(net), 5, steps=2, batch_stats=False)
+    assert torch.allclose(calm(images[:, :, :2], TaskShape(5, 1, 1)), calm(images, shape)[:, ::2], atol=1e-5)
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_tadam_at_its_start_is_a_protonet(centred, net, images):
+    centre = torch.full((8,), .1) if centred else None
+    model = TADAM(deepcopy(net), 5, 8, centre, scale=0.7)
+    assert torch.equal(model(images, shape), MTL(net, Prototypes(5, 0.7), centre)(images, shape))
+
+def test_tadam_conditions_by_the_support_alone(net, images):
+    model = TADAM(deepcopy(net), 5, 8)
+    for ten in model.base.ten: ten.post.data += .5
+    other = images.clone(); other[:, :, 1] += 1   # another first query of each class
+    a, b = model(images, shape), model(other, shape)
+    assert torch.equal(a[:, 1::2], b[:, 1::2]) and not torch.allclose(a[:, ::2], b[:, ::2])
+
+def test_co_training(net, bank):
+    records = outer("TADAM", net, bank, tasks=40)[1]
+    assert {"auxiliary", "loss", "by_class"} <= set(records[0]) and any(r["auxiliary"] for r in records)
+    model, twin, cfg = build("TADAM", net), build("TADAM", net), config()
+    list(co_train(meta_state(model, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, start=0.))   # never heads
+    assert torch.equal(model.base.auxiliary.weight, twin.base.auxiliary.weight)
+    list(co_train(meta_state(twin, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, start=2.))    # always heads, at first
+    assert not torch.equal(model.base.auxiliary.weight, twin.base.auxiliary.weight)
+    with pytest.raises(BadInput, match="knows 64 classes, the base classes are 8"): list(co_train(meta_state(METHODS["TADAM"].build(net, 5), cfg), Tasks(bank.by_class, shape, 4), bank, cfg))
+
+def test_the_same_loop_twice_gives_the_same(net, bank):
+    for label in "MAML 4-conv", "TADAM":
+        a, b = (outer(label, net, bank)[0].state_dict() for _ in range(2))
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+def test_a_flattened_small_network(net, bank):
+    model = build("MAML 4-conv", net, size=16)
+    assert model.backbone.d == 32 and list(islice(meta_train(meta_state(model, config()), Tasks(bank.by_class, shape, 4), bank, config()), 1))
