@@ -38,10 +38,7 @@ class Prototypes(nn.Module):
         super().__init__()
         if n_way < 1: raise ValueError(f"prototypes need at least one class, got n_way={n_way}")
         self.n_way, self.weight = n_way, nn.Parameter(torch.tensor(float(scale)), requires_grad=learn)
-    def means(self,
-        support:Tensor, # [E,n,D] support features
-        labels:Tensor, # int64 [E,n] in 0..N-1
-    ) -> Tensor: # [E,N,D] the prototypes
+    def means(self, support, labels): # the prototypes, [E,N,D]
         y = F.one_hot(labels, self.n_way).mT.to(support.dtype)
         return y @ support/y.sum(-1, keepdim=True)
     def forward(self,
@@ -49,8 +46,8 @@ class Prototypes(nn.Module):
         labels:Tensor, # int64 [E,n] in 0..N-1
         query:Tensor, # [E,m,D] query features
     ) -> Tensor: # [E,m,N] query logits
-        c = self.means(support, labels)
-        return self.weight*(query @ (2*c).mT - c.square().sum(-1)[:, None])
+        return self.weight*self.likeness(query, self.means(support, labels))
+    def likeness(self, q, c): return q @ (2*c).mT - c.square().sum(-1)[:, None] # [E,m,D], [E,N,D] -> [E,m,N]
 
 # %% ../nbs/17_other_methods.ipynb #2d94f54d
 class Cosine(Prototypes):
@@ -60,12 +57,7 @@ class Cosine(Prototypes):
         scale:float=10., # a factor on all cosines
         learn:bool=True, # does the outer loop move it?
     ): super().__init__(n_way, scale, learn)
-    def forward(self,
-        support:Tensor, # [E,n,D] support features
-        labels:Tensor, # int64 [E,n] in 0..N-1
-        query:Tensor, # [E,m,D] query features
-    ) -> Tensor: # [E,m,N] query logits
-        return self.weight*(F.normalize(query, dim=-1) @ F.normalize(self.means(support, labels), dim=-1).mT)
+    def likeness(self, q, c): return F.normalize(q, dim=-1) @ F.normalize(c, dim=-1).mT
 
 # %% ../nbs/17_other_methods.ipynb #5da62b35
 @torch.no_grad()
@@ -86,14 +78,14 @@ def answers(
         out.append((base(support, labels, feats[idx[:, :, k:].flatten(1)]).argmax(-1) == yq).sum(1))
     return team.cat(torch.cat([yq.new_zeros(0), *out]), len(exam)).cpu()
 
-# %% ../nbs/17_other_methods.ipynb #54c3b146
+# %% ../nbs/17_other_methods.ipynb #49d49fbc
 class _OfTheBatch(nn.Module): # batch norm by the batch, in plain operations
     def __init__(self, m): super().__init__(); self.weight, self.bias, self.eps = m.weight, m.bias, m.eps
     def forward(self, x):
         x = x - x.mean((0, 2, 3), keepdim=True)
         return x*(x.square().mean((0, 2, 3), keepdim=True) + self.eps).rsqrt()*self.weight[:, None, None] + self.bias[:, None, None]
 
-# %% ../nbs/17_other_methods.ipynb #6e0f6464
+# %% ../nbs/17_other_methods.ipynb #807e5962
 class MAML(MTL):
     "Model-agnostic meta-learning (Finn et al. 2017): all weights and the head go downhill on each task's support loss; where they start is learned."
     def __init__(self,
@@ -119,7 +111,7 @@ class MAML(MTL):
     ) -> Tensor: # [E,N*Q,N] query logits of the adapted networks
         return self.path(images, shape, [self.steps])[0]
 
-# %% ../nbs/17_other_methods.ipynb #6aedb8f5
+# %% ../nbs/17_other_methods.ipynb #45a79a16
 @patch
 def path(self:MAML,
     images:Tensor, # [E,N,K+Q,C,H,W] normalised images of E tasks
@@ -141,7 +133,7 @@ def path(self:MAML,
         return torch.stack(out)
     return vmap(task, out_dims=1)(images)
 
-# %% ../nbs/17_other_methods.ipynb #38531b5a
+# %% ../nbs/17_other_methods.ipynb #be916c4b
 class ConvNet4(nn.Module):
     "Four times: 3×3 convolution, batch norm, ReLU, 2×2 max-pooling (Vinyals et al. 2016)."
     def __init__(self,
@@ -163,7 +155,7 @@ class ConvNet4(nn.Module):
         if self.size and list(x.shape[2:]) != [self.size]*2: raise ValueError(f"this ConvNet4 was made for {self.size} pixels a side, got {list(x.shape[2:])}")
         return self.blocks(x).flatten(1) if self.size else self.blocks(x).mean((2, 3))
 
-# %% ../nbs/17_other_methods.ipynb #3c1cbb29
+# %% ../nbs/17_other_methods.ipynb #d30501c4
 class _TEN(nn.Module): # for one block: what a task is about -> what it multiplies by and adds, behind each of three batch norms
     def __init__(self, d, width):
         super().__init__()
@@ -177,7 +169,7 @@ def _turned(block, x, knobs): # `ResBlock.forward`, with knobs [B,2,3,c]
     h = turn(block.bn3(block.conv3(h)), 2) + block.bn0(block.short(x))
     return block.drop(F.max_pool2d(F.leaky_relu(h, 0.1), 2))
 
-# %% ../nbs/17_other_methods.ipynb #8f0fd472
+# %% ../nbs/17_other_methods.ipynb #8cd71b54
 class TADAM(MTL):
     "Prototypes with a learned metric scale, on a backbone whose channels each task scales and shifts (Oreshkin et al. 2018)."
     def __init__(self,
@@ -212,7 +204,7 @@ class TADAM(MTL):
             f = self.look(line(images), about.repeat_interleave(n*m, 0)).view(e, n, m, -1)
         return self.base(f[:, :, :k].flatten(1, 2), shape.labels(k).to(f.device).expand(e, -1), f[:, :, k:].flatten(1, 2))
 
-# %% ../nbs/17_other_methods.ipynb #d2420d32
+# %% ../nbs/17_other_methods.ipynb #caa1e788
 def _classify(state, bank, cfg, batch): # one step of plain classification, at the rate of the last step on tasks
     model, idx = state.model, torch.randint(len(bank), (batch,), generator=state.g)
     x = bank.take(idx).to(model.base.weight.device)
@@ -242,7 +234,7 @@ def co_train(
         yield next(steps) | dict(auxiliary=loss)
     yield from steps # nothing is left; the model goes back to evaluation mode
 
-# %% ../nbs/17_other_methods.ipynb #ca23e018
+# %% ../nbs/17_other_methods.ipynb #c63a3a74
 @dataclass(frozen=True)
 class Rival:
     "A method beside MTL."
@@ -270,7 +262,7 @@ class Rival:
         model.backbone.requires_grad_(self.meta)
         return model.eval()
 
-# %% ../nbs/17_other_methods.ipynb #c63a3a74
+# %% ../nbs/17_other_methods.ipynb #c8a94987
 def _small(order): return lambda net, n, centre, size, classes, seed: MAML(ConvNet4(32, size, seed), n, order=order)
 def _large(order): return lambda net, n, centre, size, classes, seed: MAML(net, n, 0.03, order=order, batch_stats=False)
 def _on(base, **kw): return lambda net, n, centre, size, classes, seed: MTL(net, base(n, **kw), centre)
@@ -283,7 +275,7 @@ METHODS = {r.label: r for r in [
     Rival("cosine classifier", _on(Cosine, learn=False), meta=False), Rival("Meta-Baseline", _on(Cosine)),
     Rival("TADAM", lambda net, n, centre, size, classes, seed: TADAM(net, n, classes, centre, seed=seed), cached=False, loop=co_train)]}
 
-# %% ../nbs/17_other_methods.ipynb #df44d6e6
+# %% ../nbs/17_other_methods.ipynb #f48b80ce
 @torch.no_grad()
 def _exam(model, bank, exam, chunk=25): # -> int64 [T] right answers in each task, of anything that is called as `MTL` is
     device, model = next(model.parameters()).device, model.eval()

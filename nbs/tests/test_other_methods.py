@@ -91,8 +91,7 @@ def test_training_moves_all_that_it_may_and_no_statistics(label, net, bank):
 @pytest.mark.parametrize("label", TRAINED)
 def test_resumed_is_never_stopped(label, net, bank, tmp_path):
     whole, _ = outer(label, net, bank)
-    model, cfg, tasks = build(label, net), config(), HardTasks(bank.by_class, shape, 4, 0, 20, 4)
-    tasks = Tasks(bank.by_class, shape, 4)
+    model, cfg, tasks = build(label, net), config(), Tasks(bank.by_class, shape, 4)
     state = meta_state(model, cfg)
     next(METHODS[label].loop(state, tasks, bank, cfg))
     save_state(tmp_path/"state", train=state, tasks=tasks)
