@@ -152,6 +152,8 @@ def read_json(
 def _differing(there, mine):
     "Which entries of two recipes differ, in words."
     if not isinstance(there, dict): return ""
+    flat = lambda d: {k + end: v for k, o in d.items() for end, v in ({f".{i}": v for i, v in o.items()} if isinstance(o, dict) else {"": o}).items()}
+    there, mine = flat(there), flat(mine)
     return " (" + "; ".join(f"{k}: {there.get(k)} there, {mine.get(k)} here" for k in {**there, **mine} if there.get(k) != mine.get(k))[:160] + ")"
 
 class RunFolder:

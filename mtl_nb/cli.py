@@ -51,8 +51,13 @@ def in_turn(
 ) -> object: # what it gave back
     "On each machine one process reads, and decodes if need be; then the others find the cache."
     for turn in (True, False):
-        if (os.environ.get("LOCAL_RANK", "0") == "0") is turn: out = load()
-        team.sum([torch.zeros(1)]) # everybody waits for everybody
+        wrong = None
+        if (os.environ.get("LOCAL_RANK", "0") == "0") is turn:
+            try: out = load()
+            except BadInput as e: wrong = str(e)
+        said = team.ask(wrong) # everybody waits for everybody, and hears what went wrong elsewhere
+        for rank, text in enumerate(said):
+            if text: raise BadInput(f"process {rank}: {text}" if team.size > 1 else text)
     return out
 
 # %% ../nbs/21_cli.ipynb #e00950bb
@@ -77,11 +82,11 @@ def device_of(
 
 # %% ../nbs/21_cli.ipynb #1388c633
 def rows_of(
-    text:str, # slugs or labels with semicolons or commas between, "table1" or "none"
+    text:str, # slugs with commas between, "table1" or "none"
 ) -> tuple[str,...]: # labels as they are published, each once; raises `BadInput`
     "The rows that `--methods` asks for."
-    if text in ("none", ""): return ()
-    names = [k for k in ROWS if "," not in k and k != "update θ"] if text == "table1" else text.split(",")
+    if text.strip(" ,") in ("none", ""): return ()
+    names = [k for k in ROWS if "," not in k and k != "update θ"] if text == "table1" else [o for o in text.split(",") if o.strip()]
     return tuple(dict.fromkeys(ALIASES.get(r.label, r.label) for r in (find_row(o.strip()) for o in names)))
 
 # %% ../nbs/21_cli.ipynb #6eb3b2af
@@ -129,7 +134,10 @@ def mtl_run(
         name = _named(data, root)
         given = {k: v for k, v in dict(tasks=tasks, size=size).items() if v is not None}
         recipe, dev = make_recipe(preset, name, methods=rows_of(methods), way=way, shots=numbers(shots, "--shots"), query=query, seed=seed, **given), device_of(device)
-        if equal_time: recipe = longer_phase_one(read_json(equal_time))
+        odd = [o for o, v, usual in (("preset", preset, "quick"), ("methods", methods, "mtl,mtl-ht"), ("way", way, 5), ("shots", shots, "1,5"), ("query", query, 15), ("tasks", tasks, None),
+            ("exam", exam, None), ("size", size, None), ("backbone", backbone, None), ("seed", seed, 0)) if v != usual]
+        if equal_time and odd: raise BadInput(f"--equal-time takes the whole recipe from the record: leave out --{', --'.join(odd)}")
+        if equal_time: record = read_json(equal_time); recipe = longer_phase_one(record)
         if recipe.data != name: raise BadInput(f"--equal-time: that run is on '{recipe.data}', --data is '{name}'")
         if exam not in (None, "test", "val"): raise BadInput(f"--exam is test or val, got '{exam}'")
         if recipe.size is not None and recipe.size < 16: raise BadInput(f"--size must be at least 16 pixels, got {recipe.size}")
@@ -138,8 +146,11 @@ def mtl_run(
         if shares is not None and shares < 1: raise BadInput(f"--shares must be at least 1, got {shares}")
         machine = Machine(dev, join(dev), at_once, compile)
         recipe = replace(recipe, phase1=replace(recipe.phase1, shares=shares or max(recipe.phase1.shares, machine.team.size)))
-        if recipe.phase1.shares % machine.team.size: raise BadInput(f"--shares {shares} cannot be dealt to {machine.team.size} processes: take a multiple")
+        if recipe.phase1.shares % machine.team.size: raise BadInput(f"{recipe.phase1.shares} shares cannot be dealt to {machine.team.size} processes: take a multiple")
         banks = in_turn(machine.team, lambda: load_data(data, root, recipe.size, download, skip_bad))
+        digests = {k: b.digest for k, b in banks.items()} if equal_time or machine.team.size > 1 else {}
+        if any(o != digests for o in machine.team.ask(digests)): raise BadInput("the processes have read different pictures: give each machine the same")
+        if equal_time and digests != record.get("data", {}).get("digest"): raise BadInput("--equal-time: that run was on other pictures than these")
         for split, bank in banks.items(): print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
         if exam is None and "test" not in banks: print("there is no test split: the exam is on val, where the inner steps and the stopping point are chosen too")
         if not equal_time: recipe = replace(recipe, exam=exam or ("test" if "test" in banks else "val"))
@@ -244,7 +255,10 @@ def mtl_bench(
     def command():
         from mtl_nb.speed import bench
         dev = device_of(device)
-        file = Path(out or f"data/runs/speed-{dev.type}.json")
+        file = Path(out or f"data/runs/speed-{dev.type}{'-toy'*toy}.json")
+        if file.is_dir(): raise BadInput(f"--out must name a file, {out} is a folder")
+        if size < 16: raise BadInput(f"--size must be at least 16 pixels, got {size}")
+        if data: _named(data, root)
         if root and data is None: raise BadInput("--root goes with --data; for the part `start`, give --start")
         if not out: file.parent.mkdir(parents=True, exist_ok=True)
         banks = None if data is None else load_data(data, root, size)

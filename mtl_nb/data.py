@@ -72,7 +72,7 @@ def send(
     x:Tensor, # on the CPU, as a rule
     device:torch.device, # where it is to go
 ) -> Tensor: # there
-    "To a GPU through pinned memory, so that nobody waits for the copy; elsewhere just `.to`."
+    "To a GPU through pinned memory, so that the program need not wait until it is there; elsewhere just `.to`."
     if device.type == "cuda" and x.device.type == "cpu": return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
@@ -133,6 +133,7 @@ def stream(
     ahead:int=2, # batches that are gathered in advance, when the bank is not on the device itself
 ) -> Iterator[tuple[Tensor,Tensor]]: # normalised images [B,C,H,W] and their labels int64 [B]
     "The batches in their order; what must be fetched is fetched while the last one is being worked on."
+    if ahead < 0: raise ValueError(f"ahead must not be negative, got {ahead}")
     batches, waiting = iter(batches), deque()
     if bank.x.device.type != "cpu":
         yield from ((bank.take(idx).to(device), send(bank.y[idx], device)) for idx in batches)

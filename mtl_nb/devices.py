@@ -67,6 +67,16 @@ ALONE = Team()
 
 # %% ../nbs/09_devices.ipynb #eceafbde
 @patch
+def ask(self:Team,
+    x:object, # this process's word
+) -> list: # everybody's, in the order of ranks
+    "Hear what everybody has to say; nobody goes on before all have spoken."
+    said = [x]*self.size
+    if self.size > 1: dist.all_gather_object(said, x)
+    return said
+
+# %% ../nbs/09_devices.ipynb #51a0ad07
+@patch
 def cat(self:Team,
     x:Tensor, # [share of n,...] this process's part
     n:int, # length of the whole
@@ -80,7 +90,7 @@ def cat(self:Team,
     dist.all_gather(parts, mine)
     return torch.cat([p[:m] for p, m in zip(parts, sizes)])
 
-# %% ../nbs/09_devices.ipynb #51a0ad07
+# %% ../nbs/09_devices.ipynb #458b08de
 @patch
 def tell(self:Team,
     make:Callable[[],object], # called by rank 0 alone
@@ -95,7 +105,7 @@ def tell(self:Team,
     if said[0][1] is not None: raise said[0][1]
     return said[0][0]
 
-# %% ../nbs/09_devices.ipynb #c340dfe8
+# %% ../nbs/09_devices.ipynb #b993ccce
 def join(
     device:torch.device, # where this process computes
     hours:float=2., # after which a process that hears nothing gives up
@@ -108,10 +118,10 @@ def join(
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=hours))
     return Team(dist.get_rank(), dist.get_world_size())
 
-# %% ../nbs/09_devices.ipynb #1b199c86
+# %% ../nbs/09_devices.ipynb #2420da7f
 @dataclass(frozen=True)
 class Machine:
-    "Where and how to compute. Nothing here decides a result, up to rounding."
+    "Where and how to compute. Nothing here decides a result, up to rounding; how a batch is shared out for batch norm is a matter of the recipe."
     device:torch.device=torch.device("cpu") # of this process
     team:Team=ALONE # the processes that share the work
     at_once:int=0 # phase 2: tasks that go through the network together; 0: one on a CPU, whose cache is small, all of a step elsewhere

@@ -99,7 +99,8 @@ def exam_path(
     team:Team=ALONE, # the processes that share the tasks
 ) -> Tensor: # int64 [len(steps),T] right answers in each task
     "The exam, answered after several numbers of inner steps on the way."
-    if list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, got {list(steps)}")
+    if not steps or list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, at least one of them, got {list(steps)}")
+    if len(base.weight) != exam.shape.n_way: raise ValueError(f"a head of {len(base.weight)} classes cannot sit a {exam.shape.n_way}-way exam")
     k, q, device = exam.shape.k_shot, exam.shape.n_query, feats.device
     ys, yq, out = exam.shape.labels(k).to(device), exam.shape.labels(q).to(device), []
     for idx in exam.idx[team.share(len(exam))].split(chunk):

@@ -201,6 +201,8 @@ def _check(recipe, banks):
     if small < 16: raise BadInput(f"images of {small} pixels are too small: ResNet-12 needs 16; set --size")
     if not 0 <= recipe.seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {recipe.seed}")
     if recipe.tasks < 2: raise BadInput(f"an exam needs at least 2 tasks, got {recipe.tasks}")
+    batch, shares = min(recipe.phase1.batch, len(banks["train"])), recipe.phase1.shares
+    if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     for label in recipe.methods: find_row(label)
     if len({find_row(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
     for k in recipe.shots:

@@ -74,14 +74,23 @@ def preset(
     return replace(r, **changes)
 
 # %% ../nbs/17_recipes.ipynb #af2af351
+def _typed(made, given):
+    "The dataclass from these fields, each of the type of its default."
+    for k, v in given.items():
+        d = getattr(made, k, None)
+        kind = (int, float) if isinstance(d, float) else int if k == "size" else type(d)
+        if not (k in ("size", "inner", "augment") and v is None or d is None and k == "inner" or isinstance(v, kind)): raise TypeError(f"{k} is {v!r}")
+        if k in ("shots", "widths") and not (v and all(isinstance(o, int) for o in v)): raise TypeError(f"{k} is {v!r}")
+    return replace(made, **given)
+
 def from_record(
     there:dict, # the `recipe` of a `results.json`
 ) -> Recipe: # raises `BadInput` when it is none
     "The recipe of a recorded run."
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     try:
-        given = tuples(there) | dict(phase1=PretrainConfig(**there["phase1"]), phase2=MetaTrainConfig(**there["phase2"]), hard={int(k): v for k, v in there["hard"].items()})
-        return Recipe(**given)
+        given = dict(phase1=_typed(PretrainConfig(), there["phase1"]), phase2=_typed(MetaTrainConfig(), there["phase2"]), hard={int(k): v for k, v in there["hard"].items()})
+        return _typed(Recipe(), tuples(there) | given)
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"this is not the recipe of a run ({e})") from None
 
 # %% ../nbs/17_recipes.ipynb #43d201a4
@@ -90,8 +99,11 @@ def equal_time(
 ) -> Recipe: # raises `BadInput` when the record does not tell the times
     "The recipe of `head only, equal time`: phase 1 longer by what phase 2 took."
     recipe = from_record(results.get("recipe", {}))
-    spent = [r["seconds"] for r in results.get("rows", []) if r["method"] == "MTL" and r.get("seconds")]
-    epoch = results.get("seconds", {}).get("pretrain", 0)/recipe.phase1.epochs
-    if not spent or epoch <= 0: raise BadInput("this record has no MTL row with its seconds, or no seconds of phase 1: nothing to be equal to")
-    longer = replace(recipe.phase1, epochs=recipe.phase1.epochs + ceil(max(spent)/epoch))
+    if recipe.backbone: raise BadInput("this run took its backbone from another: give the record of the run that trained it")
+    try:
+        spent = [float(r["seconds"]) for r in results.get("rows", []) if r["method"] == "MTL" and r.get("seconds")]
+        epoch = results.get("seconds", {}).get("pretrain", 0)/recipe.phase1.epochs
+        if not spent or epoch <= 0: raise BadInput("this record has no MTL row with its seconds, or no seconds of phase 1: nothing to be equal to")
+        longer = replace(recipe.phase1, epochs=recipe.phase1.epochs + ceil(max(spent)/epoch))
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as e: raise BadInput(f"the times in this record cannot be read ({type(e).__name__}: {e})") from None
     return replace(recipe, phase1=longer, methods=(), head_label="head only, equal time")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtl_nb.checkpoints import RunFolder, load, save
-from mtl_nb.data import BadInput
+from mtl_nb.data import BadInput, stream
 from mtl_nb.episodes import TaskShape
 from mtl_nb.experiments import run
 from mtl_nb.glyphs import glyphs
@@ -139,3 +139,20 @@ def test_equal_time(whole, banks, tmp_path):
     assert longer.phase1.epochs == 2 + math.ceil(spent/(results["seconds"]["pretrain"]/2))
     again = run(replace(longer, phase1=replace(longer.phase1, epochs=3)), banks, tmp_path/"run")
     assert [r["method"] for r in again["rows"]] == ["head only, equal time"] and again["rows"][0]["exam"] == results["rows"][0]["exam"]
+
+
+@pytest.mark.parametrize("where, value", [("rows", [1, 2]), ("rows", [{}]), ("seconds", None), ("seconds", {"pretrain": "x"}), ("recipe.phase1.epochs", 0), ("recipe.phase1.epochs", "six"),
+    ("recipe.shots", "1,5"), ("recipe.size", "big"), ("recipe.widths", []), ("recipe.backbone", "abc"), ("recipe", None)])
+def test_a_damaged_record_has_no_equal(whole, where, value):
+    results = json.loads(json.dumps(whole[0]))
+    *path, last = where.split(".")
+    spot = results
+    for o in path: spot = spot[o]
+    spot[last] = value
+    with pytest.raises(BadInput): equal_time(results)
+
+
+def test_shares_are_checked_at_the_door(banks, recipe, tmp_path):
+    with pytest.raises(BadInput, match="lower --shares"): run(replace(recipe, phase1=replace(recipe.phase1, shares=1000)), banks, tmp_path/"run")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="must not be negative"): next(stream(banks["train"], [torch.arange(2)], torch.device("cpu"), ahead=-1))
