@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -74,6 +75,18 @@ ROWS = {r.label: r for r in [Row("update [Θ;θ]", head=False, adapts=True), Row
 ALIASES = {"update θ": "head only", "SS [Θ;θ]": "MTL", "SS [Θ;θ] + HT": "MTL + HT"} # the names under which this project publishes them
 
 # %% ../nbs/16_ablations.ipynb #79d03aef
+@patch(as_prop=True)
+def published(self:Row) -> str: # under which its results are recorded
+    "Its label, or the name it has elsewhere in this project."
+    return ALIASES.get(self.label, self.label)
+
+@patch
+def stem(self:Row,
+    k_shot:int, # K
+) -> str: # of the file that holds what it trained, without the suffix
+    "`ft-theta4-ht-1shot`"
+    return f"{slug(self.label)}-{k_shot}shot"
+
 def slug(
     label:str, # of a row
 ) -> str: # plain letters, for file names and the shell
@@ -85,7 +98,7 @@ def find_row(
     name:str, # its label, the name it is published under, or its slug
 ) -> Row: # raises `BadInput` for an unknown one
     "A row by any of its names."
-    names = {n: r for k, r in ROWS.items() for n in (k, slug(k), ALIASES.get(k, k))}
+    names = {n: r for k, r in ROWS.items() for n in (k, slug(k), r.published)}
     if name not in names: raise BadInput(f"no row '{name}': choose {'; '.join(f'{k} ({slug(k)})' for k in ROWS)}")
     return names[name]
 

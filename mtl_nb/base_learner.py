@@ -96,8 +96,7 @@ def fit_heads(
                 for j in range(len(g)): z.addcmul_(g[j, :, None], a[j], value=-1)
             else: torch.baddbmm(z0, a, g, alpha=-1, out=z)
             a.add_(z.softmax(1).sub_(y), alpha=beta)
-        out, done = out + [a.permute(2, 1, 0) if few else a.clone()], stop
-        if few: out[-1] = out[-1].contiguous()
+        out, done = out + [(a.permute(2, 1, 0) if few else a).clone(memory_format=torch.contiguous_format)], stop # a copy: `a` goes on
     a = torch.stack(out, 1)
     return weight - a @ support[:, None], bias - a.sum(-1)
 

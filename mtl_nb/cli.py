@@ -12,14 +12,14 @@ __all__ = ['at_the_door', 'in_turn', 'numbers', 'device_of', 'rows_of', 'mtl_run
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
 
-from .ablations import ALIASES, ROWS, find_row, slug
+from .ablations import ROWS, find_row
 from .benchmarks import load_data
 from .checkpoints import read_json, write_whole
 from .data import BadInput
@@ -39,7 +39,11 @@ def at_the_door(
     first = os.environ.get("RANK", "0") == "0"
     say = lambda text: print(f"mtl_nb: {text}", file=sys.stderr) if first else None
     try:
-        with nullcontext() if first else open(os.devnull, "w") as mute, nullcontext() if first else redirect_stdout(mute), nullcontext() if first else redirect_stderr(mute): command()
+        with ExitStack() as muted:
+            if not first:
+                nowhere = muted.enter_context(open(os.devnull, "w"))
+                for o in (redirect_stdout, redirect_stderr): muted.enter_context(o(nowhere))
+            command()
     except BadInput as e: say(e); return 2
     except KeyboardInterrupt: say("stopped" + "; the same command with --resume goes on from here"*resumable); return 130
     return 0
@@ -87,7 +91,7 @@ def rows_of(
     "The rows that `--methods` asks for."
     if text.strip(" ,") in ("none", ""): return ()
     names = [k for k in ROWS if "," not in k and k != "update θ"] if text == "table1" else [o for o in text.split(",") if o.strip()]
-    return tuple(dict.fromkeys(ALIASES.get(r.label, r.label) for r in (find_row(o.strip()) for o in names)))
+    return tuple(dict.fromkeys(find_row(o.strip()).published for o in names))
 
 # %% ../nbs/21_cli.ipynb #6eb3b2af
 def _named(data, root):
@@ -148,9 +152,7 @@ def mtl_run(
         recipe = replace(recipe, phase1=replace(recipe.phase1, shares=shares or max(recipe.phase1.shares, machine.team.size)))
         if recipe.phase1.shares % machine.team.size: raise BadInput(f"{recipe.phase1.shares} shares cannot be dealt to {machine.team.size} processes: take a multiple")
         banks = in_turn(machine.team, lambda: load_data(data, root, recipe.size, download, skip_bad))
-        digests = {k: b.digest for k, b in banks.items()} if equal_time or machine.team.size > 1 else {}
-        if any(o != digests for o in machine.team.ask(digests)): raise BadInput("the processes have read different pictures: give each machine the same")
-        if equal_time and digests != record.get("data", {}).get("digest"): raise BadInput("--equal-time: that run was on other pictures than these")
+        if equal_time and {k: b.digest for k, b in banks.items()} != record.get("data", {}).get("digest"): raise BadInput("--equal-time: that run was on other pictures than these")
         for split, bank in banks.items(): print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
         if exam is None and "test" not in banks: print("there is no test split: the exam is on val, where the inner steps and the stopping point are chosen too")
         if not equal_time: recipe = replace(recipe, exam=exam or ("test" if "test" in banks else "val"))
@@ -170,7 +172,7 @@ def models_of(
     if path.is_dir():
         if not (path/"results.json").is_file(): raise BadInput(f"{path} holds no finished run: it has no results.json")
         rows = [r for r in read_json(path/"results.json").get("rows", []) if r["protocol"] == "standard"]
-        file = lambda r: "pretrain" if r["method"].startswith("head only") else f"{slug(find_row(r['method']).label)}-{r['shot']}shot"
+        file = lambda r: "pretrain" if r["method"].startswith("head only") else find_row(r["method"]).stem(r["shot"])
         rows = [r for r in rows if r["method"].startswith("head only") or (row := find_row(r["method"])).cached and row.meta]
         return [(r["method"], r["shot"], load_model(path/f"{file(r)}.safetensors", r["way"], (r["lr"], r["steps"]), device)[0]) for r in rows]
     model, record = load_model(path, way, device=device)

@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
-from .ablations import ALIASES, Row, build, find_row, finetune, slug, task_features, trained, tune_finetune
+from .ablations import Row, build, find_row, finetune, task_features, trained, tune_finetune
 from .base_learner import BaseLearner
 from .checkpoints import RunFolder, load, read_json, save, sha256, write_whole
 from .data import BadInput, ImageBank
 from .devices import Machine
 from .episodes import TaskShape
-from .evaluation import Exam, evaluate, features, make_exam, tune
+from .evaluation import evaluate, features, make_exam, tune
 from .meta_test import Protocol, Result, meta_test, paper_protocol, read_backbone, row, table
 from .meta_train import MTL, meta_state, meta_train
 from .pretrain import pretrain, pretrain_state
@@ -99,7 +99,7 @@ def phase_two(
 ) -> None:
     "Phase 2 for one row and one shot, begun or resumed, stopped early on val: leaves what the outer loop moves."
     way, theta, team = find_row(label), folder.path/"pretrain.safetensors", machine.team
-    cfg, shape, name = replace(recipe.phase2, lr=recipe.phase2.lr*way.lr/Row.lr), TaskShape(recipe.way, k_shot, recipe.query), f"{slug(way.label)}-{k_shot}shot"
+    cfg, shape, name = replace(recipe.phase2, lr=recipe.phase2.lr*way.lr/Row.lr), TaskShape(recipe.way, k_shot, recipe.query), way.stem(k_shot)
     kept = folder.kept(name)
     if (folder.path/f"{name}.safetensors").exists(): return
     net, centre, _ = read_backbone(theta, machine.device)
@@ -124,8 +124,8 @@ def phase_two(
     bar.close()
     model.load_state_dict(best["tensors"], strict=False)
     lr, steps, grid = tune(*_seen(model, way, banks["val"], select, machine), model.base, team=team)
-    print(f"{ALIASES.get(way.label, way.label)}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; with inner rate {lr}, steps {steps}: {100*grid.max():.2f} %", flush=True)
-    save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=ALIASES.get(way.label, way.label), way=recipe.way, shot=k_shot, hard=way.hard, lr=lr, steps=steps,
+    print(f"{way.published}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; with inner rate {lr}, steps {steps}: {100*grid.max():.2f} %", flush=True)
+    save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=way.published, way=recipe.way, shot=k_shot, hard=way.hard, lr=lr, steps=steps,
         tasks=best["tasks"], backbone=theta.name, backbone_sha256=sha256(theta), recipe=recipe.digest(), seconds=seconds + time.perf_counter() - began))
     folder.keep(name, done=True)
 
@@ -203,7 +203,6 @@ def _check(recipe, banks):
     if recipe.tasks < 2: raise BadInput(f"an exam needs at least 2 tasks, got {recipe.tasks}")
     batch, shares = min(recipe.phase1.batch, len(banks["train"])), recipe.phase1.shares
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
-    for label in recipe.methods: find_row(label)
     if len({find_row(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
     for k in recipe.shots:
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
@@ -240,6 +239,7 @@ def run(
     _check(recipe, banks)
     if backbone: read_backbone(backbone); recipe = replace(recipe, backbone=sha256(backbone))
     data = dict(name=recipe.data, digest={k: b.digest for k, b in banks.items()})
+    if any(o != data for o in machine.team.ask(data)): raise BadInput("the processes have read different pictures: give each machine the same")
     folder, device, team = _open(out, dict(recipe=asdict(recipe), recipe_sha256=recipe.digest(), data=data), resume, machine.team), machine.device, machine.team
     theta, done, banks = folder.path/"pretrain.safetensors", folder.path/"results.json", {k: _near(b, device) for k, b in banks.items()}
     if done.exists(): return read_json(done)
@@ -263,10 +263,10 @@ def run(
             way, more, start = find_row(label), {}, BaseLearner(net.d, recipe.way, lr, steps).to(device)
             model = build(label, net, start, centre)
             if way.meta:
-                tensors, meta = load(folder.path/f"{slug(way.label)}-{k}shot.safetensors", "mtl")
+                tensors, meta = load(folder.path/f"{way.stem(k)}.safetensors", "mtl")
                 model.load_state_dict(tensors, strict=False)
                 model.base.lr, model.base.steps, seconds["meta_train"] = meta["lr"], meta["steps"], seconds["meta_train"] + meta["seconds"]
                 more = dict(trained_tasks=meta["tasks"], seconds=round(meta["seconds"], 1))
-            for p, r in _answers(way, model, banks, recipe, k, select, machine).items(): rows.append(row(ALIASES.get(way.label, way.label), r, recipe.seed, rivals[p], **more))
+            for p, r in _answers(way, model, banks, recipe, k, select, machine).items(): rows.append(row(way.published, r, recipe.seed, rivals[p], **more))
         seconds["meta_test"] += time.perf_counter() - began
     return _finish(recipe, folder, rows, data, machine, seconds)

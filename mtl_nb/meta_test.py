@@ -123,7 +123,8 @@ def load_model(
     model = MTL(net if method.startswith("FT") else scale_shift(net), base, centre)
     free = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad or method.startswith("FT")}
     held, part = {k: tuple(v.shape) for k, v in tensors.items()}, method not in ("MTL", "MTL + HT") # some rows train a part
-    if not (held.items() <= free.items() and {"base.weight", "base.bias"} <= set(held)) if part else held != free:
+    fits = held.items() <= free.items() and {"base.weight", "base.bias"} <= set(held) if part else held == free
+    if not fits:
         raise BadInput(f"{path} does not hold all scales, shifts and head weights of its model, and nothing else" if not part else f"{path} does not hold what '{method}' trains")
     model.load_state_dict(tensors, strict=False)
     return model.requires_grad_(False), record

@@ -274,11 +274,3 @@ METHODS = {r.label: r for r in [
     Rival("ProtoNet", _on(Prototypes, scale=0.1)),
     Rival("cosine classifier", _on(Cosine, learn=False), meta=False), Rival("Meta-Baseline", _on(Cosine)),
     Rival("TADAM", lambda net, n, centre, size, classes, seed: TADAM(net, n, classes, centre, seed=seed), cached=False, loop=co_train)]}
-
-# %% ../nbs/17_other_methods.ipynb #f48b80ce
-@torch.no_grad()
-def _exam(model, bank, exam, chunk=25): # -> int64 [T] right answers in each task, of anything that is called as `MTL` is
-    device, model = next(model.parameters()).device, model.eval()
-    yq, shape = exam.shape.labels(exam.shape.n_query).to(device), exam.shape
-    out = [(model(bank.take(idx).to(device), shape).argmax(-1) == yq).sum(1) for idx in exam.idx.split(chunk)]
-    return torch.cat(out).cpu()

@@ -106,7 +106,7 @@ def pretrain(
     device, params, stats = next(model.parameters()).device, [p for p in model.parameters() if p.requires_grad], _statistics(model)
     counts = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
     parts = [Team(r, cfg.shares).share(batch) for r in range(cfg.shares)][team.share(cfg.shares)] # which images of a batch are ours
-    first, last = parts[0].start, parts[-1].stop
+    first, last, several = parts[0].start, parts[-1].stop, len(parts) > 1
     while state.done < cfg.epochs:
         model.train()
         order, total, right = torch.randperm(len(bank), generator=state.g), torch.zeros((), device=device), torch.zeros((), device=device)
@@ -116,14 +116,15 @@ def pretrain(
             if cfg.augment is not None: x = augment(x, state.g, **cfg.augment, of=(first, batch))
             for group in opt.param_groups: group["lr"] = lr = learning_rate(cfg, step, cfg.epochs*steps)
             opt.zero_grad(set_to_none=True)
-            before, after = [b.clone() for b in stats], [torch.zeros_like(b) for b in stats]
+            before = [b.clone() for b in stats] if several else []
+            after = [torch.zeros_like(b) for b in before]
             for part in parts:
                 mine, dice = slice(part.start - first, part.stop - first), 1_000_003*cfg.seed + step + 2**40*(part.start*cfg.shares//batch)
-                if len(parts) > 1: [b.copy_(o) for b, o in zip(stats, before)]
+                for b, o in zip(stats, before): b.copy_(o)
                 loss, hits = _share_step(forward, x[mine], y[mine], cfg, dice, (part.stop - part.start)/batch)
                 total += loss; right += hits
-                if len(parts) > 1: [a.add_(b, alpha=1/len(parts)) for a, b in zip(after, stats)]
-            if len(parts) > 1: # the statistics move by the mean of what the parts would have moved them
+                for a, b in zip(after, stats): a.add_(b, alpha=1/len(parts))
+            if several: # the statistics move by the mean of what the parts would have moved them
                 for b, a in zip(stats, after): b.copy_(a)
                 for c in counts: c.sub_(len(parts) - 1)
             team.sum([p.grad for p in params])

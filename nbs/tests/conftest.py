@@ -3,6 +3,10 @@ import shutil, subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from mtl_nb.data import ImageBank
+from mtl_nb.resnet12 import ResNet12
 
 root = Path(__file__).parents[2]
 
@@ -20,3 +24,19 @@ def copy(files, tmp_path):
         (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/o, tmp_path/o)
     return tmp_path
+
+@pytest.fixture(scope="module")
+def bank():
+    "Eight classes of six coarse patterns, for files that make none of their own."
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randint(256, (8, 1, 3, 4, 4), generator=g).expand(-1, 6, -1, -1, -1)   # a class is a coarse pattern
+    x = (mean + torch.randint(-60, 60, (8, 6, 3, 4, 4), generator=g)).clamp(0, 255).to(torch.uint8).flatten(0, 1)
+    return ImageBank(x.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.arange(8).repeat_interleave(6), list("abcdefgh"))
+
+@pytest.fixture(scope="module")
+def net():
+    "A tiny frozen network with batch-norm statistics of its own."
+    net, g = ResNet12((4, 6, 8, 8), drop=0.3), torch.Generator().manual_seed(1)
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2, generator=g); m.running_var.uniform_(.5, 2, generator=g)
+    return net.requires_grad_(False).eval()

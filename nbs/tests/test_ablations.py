@@ -8,7 +8,7 @@ import torch
 from mtl_nb.ablations import ALIASES, ROWS, BatchStatistics, build, exam_images, find_row, finetune, slug, task_features, trained, tune_finetune
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.checkpoints import load, save
-from mtl_nb.data import BadInput, ImageBank
+from mtl_nb.data import BadInput
 from mtl_nb.devices import Team
 from mtl_nb.episodes import Tasks, TaskShape
 from mtl_nb.evaluation import evaluate, exam_path, features, make_exam
@@ -18,20 +18,6 @@ from mtl_nb.resnet12 import ResNet12
 from mtl_nb.scale_shift import scale_shift
 
 shape = TaskShape(5, 1, 2)
-
-@pytest.fixture(scope="module")
-def bank():
-    g = torch.Generator().manual_seed(0)
-    mean = torch.randint(256, (8, 1, 3, 4, 4), generator=g).expand(-1, 6, -1, -1, -1)   # a class is a coarse pattern
-    x = (mean + torch.randint(-60, 60, (8, 6, 3, 4, 4), generator=g)).clamp(0, 255).to(torch.uint8).flatten(0, 1)
-    return ImageBank(x.repeat_interleave(4, 2).repeat_interleave(4, 3), torch.arange(8).repeat_interleave(6), list("abcdefgh"))
-
-@pytest.fixture(scope="module")
-def net():
-    net, g = ResNet12((4, 6, 8, 8), drop=0.3), torch.Generator().manual_seed(1)
-    for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2, generator=g); m.running_var.uniform_(.5, 2, generator=g)
-    return net.requires_grad_(False).eval()
 
 def base(): return BaseLearner(8, 5, 0.1, 5)
 

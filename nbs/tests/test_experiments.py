@@ -1,6 +1,7 @@
 "Kill and resume at every state that is written; same recipe, same numbers; a backbone from elsewhere."
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,18 @@ from mtl_nb.recipes import equal_time, preset
 
 
 class Killed(Exception): pass
+
+@contextmanager
+def killed_after(n, monkeypatch):
+    "Pull the plug when a state has been written for the n-th time; it must come to that."
+    keep, left = RunFolder.keep, [n]
+    def short(self, *args, **kwargs):
+        keep(self, *args, **kwargs)
+        left[0] -= 1
+        if left[0] == 0: raise Killed
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(RunFolder, "keep", short)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +54,7 @@ def same(a, b): return [r["correct"] for r in a["rows"]] == [r["correct"] for r 
 
 @pytest.mark.parametrize("after", range(1, 9))
 def test_killed_and_resumed(banks, recipe, whole, tmp_path, monkeypatch, after):
-    keep, left = RunFolder.keep, [after]
-    def short(self, *args, **kwargs):
-        keep(self, *args, **kwargs)
-        left[0] -= 1
-        if left[0] == 0: raise Killed
-    monkeypatch.setattr(RunFolder, "keep", short)
-    with pytest.raises(Killed): run(recipe, banks, tmp_path/"run")
-    monkeypatch.undo()
+    with killed_after(after, monkeypatch): run(recipe, banks, tmp_path/"run")
     results, (expected, out) = run(recipe, banks, tmp_path/"run", resume=True), whole
     assert same(results, expected)
     assert (tmp_path/"run/log.jsonl").read_text() == (out/"log.jsonl").read_text()
@@ -115,14 +121,8 @@ def test_a_row_with_a_part_missing_is_refused(ablated, tmp_path):
 
 
 def test_rows_killed_and_resumed(ablated, banks, tmp_path, monkeypatch):
-    (expected, few, out), keep, left = ablated, RunFolder.keep, [4]
-    def short(self, *args, **kwargs):
-        keep(self, *args, **kwargs)
-        left[0] -= 1
-        if left[0] == 0: raise Killed
-    monkeypatch.setattr(RunFolder, "keep", short)
-    with pytest.raises(Killed): run(few, banks, tmp_path/"run")
-    monkeypatch.undo()
+    expected, few, _ = ablated
+    with killed_after(4, monkeypatch): run(few, banks, tmp_path/"run")
     assert same(run(few, banks, tmp_path/"run", resume=True), expected)
 
 

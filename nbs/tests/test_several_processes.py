@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ import torch
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.checkpoints import load
 from mtl_nb.data import BadInput
-from mtl_nb.devices import ALONE, Machine, Team, join
+from mtl_nb.devices import ALONE, Team, join
 from mtl_nb.episodes import TaskShape
 from mtl_nb.evaluation import exam_path, features, make_exam
-from mtl_nb.experiments import run
-from mtl_nb.recipes import preset
 from mtl_nb.glyphs import glyphs
 from mtl_nb.hard_tasks import HardTasks
 from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
