@@ -46,10 +46,20 @@ def save(
     path:Path, # a `.safetensors` file
     tensors:dict[str,Tensor], # by name
     record:dict, # what JSON can hold: everything needed to use them
+    limit:int|None=None, # bytes of tensors in a file; what goes beyond is put into further files beside it, see `load`
 ) -> None: # raises `BadInput` when the place cannot be written to
     "Tensors and their record in one file, written whole or not at all."
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    write_whole(path, to_bytes(tensors, {"record": json.dumps(record)}))
+    path, parts, room, others = Path(path), [{}], limit, {}
+    for k, v in tensors.items():
+        v = v.detach().cpu().contiguous().clone()
+        if limit and parts[-1] and v.nbytes > room: parts.append({}); room = limit
+        parts[-1][k] = v
+        room = limit and room - v.nbytes
+    for i, part in enumerate(parts[1:], 2): # the first file comes last: it answers for the others
+        name, data = f"{path.stem}-part{i}.safetensors", to_bytes(part, {"record": json.dumps({"kind": "part"})})
+        write_whole(path.with_name(name), data)
+        others[name] = hashlib.sha256(data).hexdigest()
+    write_whole(path, to_bytes(parts[0], {"record": json.dumps(record | {"parts": others} if others else record)}))
 
 # %% ../nbs/11_checkpoints.ipynb #f5eb27a2
 def load(
@@ -66,7 +76,16 @@ def load(
     except (KeyError, ValueError): record = None
     if not isinstance(record, dict): raise BadInput(f"{path} is a safetensors file, but not one of mtl_nb: it has no record")
     if kind and record.get("kind") != kind: raise BadInput(f"{path} holds '{record.get('kind')}', expected '{kind}'")
+    parts = record.pop("parts", {})
+    if not isinstance(parts, dict): raise BadInput(f"{path} is damaged: it does not tell in which files it goes on")
+    for name, digest in parts.items(): tensors |= _part(Path(path), Path(name).name, digest)
     return tensors, record
+
+def _part(path, name, digest): # the tensors of another file that one from `save` goes on in
+    file = path.with_name(name)
+    if not file.is_file(): raise BadInput(f"{path} goes on in '{name}', which is missing beside it")
+    if sha256(file) != digest: raise BadInput(f"{file} is damaged, or no part of {path.name}")
+    return load(file, "part")[0]
 
 # %% ../nbs/11_checkpoints.ipynb #95404120
 def sha256(
@@ -75,7 +94,7 @@ def sha256(
     "A file's SHA-256, by which other files refer to it."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/11_checkpoints.ipynb #b0bcdae5
+# %% ../nbs/11_checkpoints.ipynb #35b11c65
 def pack(
     tree, # nested dicts, lists and tuples of tensors, numbers and strings: any `state_dict`
     tensors:dict[str,Tensor], # filled with the tensors that are found
@@ -100,7 +119,7 @@ def unpack(
     if "list" in tree: return [unpack(v, tensors) for v in tree["list"]]
     return tuple(unpack(v, tensors) for v in tree["tuple"]) if "tuple" in tree else tree["value"]
 
-# %% ../nbs/11_checkpoints.ipynb #61ef27ed
+# %% ../nbs/11_checkpoints.ipynb #fc5ffd19
 @dataclass
 class TrainState:
     "All that a training loop changes: its model, optimiser, randomness and count. What a resumed run needs."
@@ -120,7 +139,7 @@ class TrainState:
         self.model.load_state_dict(state["model"], strict=False)
         self.opt.load_state_dict(state["opt"]); self.g.set_state(state["g"]); self.done = state["done"]
 
-# %% ../nbs/11_checkpoints.ipynb #946af556
+# %% ../nbs/11_checkpoints.ipynb #0cc5bd4b
 def save_state(
     path:Path, # a `.safetensors` file
     **states, # anything with `state_dict()`, or a tree of tensors and plain values
@@ -138,7 +157,7 @@ def load_state(
     try: return unpack(record["tree"], tensors)
     except (KeyError, TypeError, ValueError): raise BadInput(f"{path} is damaged: its tree does not fit its tensors") from None
 
-# %% ../nbs/11_checkpoints.ipynb #9c16a71d
+# %% ../nbs/11_checkpoints.ipynb #9f744659
 def read_json(
     path:Path, # a file that `RunFolder` or a run has written
 ) -> dict:
@@ -148,7 +167,7 @@ def read_json(
     if not isinstance(out, dict): raise BadInput(f"{path} is not what a run writes")
     return out
 
-# %% ../nbs/11_checkpoints.ipynb #82c95a7c
+# %% ../nbs/11_checkpoints.ipynb #62499f60
 def _differing(there, mine):
     "Which entries of two recipes differ, in words."
     if not isinstance(there, dict): return ""
@@ -176,7 +195,7 @@ class RunFolder:
         elif inside: raise BadInput(f"{path} is not empty and no run folder: choose another --out")
         write_whole(file, json.dumps(mine, indent=1).encode())
 
-# %% ../nbs/11_checkpoints.ipynb #9f744659
+# %% ../nbs/11_checkpoints.ipynb #bedef367
 @patch
 def write_log(self:RunFolder) -> None:
     "`log.jsonl`: a record a line."

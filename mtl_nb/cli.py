@@ -19,14 +19,18 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 
-from .ablations import ROWS, find_row
+from .ablations import ROWS
+from .base_learner import BaseLearner
 from .benchmarks import load_data
-from .checkpoints import read_json, write_whole
+from .checkpoints import load, read_json, write_whole
+from .contenders import Contender, find_method, load_method, set_inner
 from .data import BadInput
 from .devices import ALONE, Machine, Team, join, pick_device
 from .episodes import TaskShape
 from .experiments import run
-from .meta_test import Protocol, load_model, meta_test, row, table
+from .meta_test import Protocol, read_backbone, row, table
+from .meta_train import MTL
+from .other_methods import METHODS
 from .recipes import equal_time as longer_phase_one
 from .recipes import preset as make_recipe
 
@@ -86,12 +90,13 @@ def device_of(
 
 # %% ../nbs/21_cli.ipynb #1388c633
 def rows_of(
-    text:str, # slugs with commas between, "table1" or "none"
+    text:str, # slugs with commas between, among them "table1" and "rivals", or "none"
 ) -> tuple[str,...]: # labels as they are published, each once; raises `BadInput`
-    "The rows that `--methods` asks for."
+    "The methods that `--methods` asks for."
     if text.strip(" ,") in ("none", ""): return ()
-    names = [k for k in ROWS if "," not in k and k != "update θ"] if text == "table1" else [o for o in text.split(",") if o.strip()]
-    return tuple(dict.fromkeys(find_row(o.strip()).published for o in names))
+    groups = dict(table1=[k for k in ROWS if "," not in k and k != "update θ"], rivals=list(METHODS))
+    names = [n for o in text.split(",") if o.strip() for n in groups.get(o.strip(), [o.strip()])]
+    return tuple(dict.fromkeys(find_method(o).published for o in names))
 
 # %% ../nbs/21_cli.ipynb #6eb3b2af
 def _named(data, root):
@@ -115,7 +120,7 @@ def mtl_run(
     root:str=None, # where the set lies, or is to be downloaded to; not given: data
     download:store_true=False, # fetch the set if it is not there (fc100, cifar-fs, omniglot)
     preset:str="quick", # quick: minutes on a CPU; small: about an hour on a CPU; paper: for a GPU
-    methods:str="mtl,mtl-ht", # rows beside head only, with commas between: ft-head, ft-theta4, ft-theta, ss-theta4, mtl, each with -ht, too; table1: all 12; none
+    methods:str="mtl,mtl-ht", # beside head only, with commas between: ft-head, ft-theta4, ft-theta, ss-theta4, mtl, maml-4-conv, maml-resnet-12, protonet, meta-baseline, tadam, each with -ht, too; cosine-classifier; table1: the paper's 12 rows; rivals: the 8 other methods; none
     way:int=5, # classes in a task
     shots:str="1,5", # support images a class; a model is meta-trained for each
     query:int=15, # query images a class
@@ -133,7 +138,7 @@ def mtl_run(
     out:str=None, # the run folder; not given: data/runs/<data>-<preset>-s<seed>
     resume:store_true=False, # go on with a run that was stopped
 ):
-    "Pre-train, meta-train without and with hard tasks, and examine on classes never seen."
+    "Pre-train, meta-train by one method or several, and examine on classes never seen."
     def command():
         name = _named(data, root)
         given = {k: v for k, v in dict(tasks=tasks, size=size).items() if v is not None}
@@ -167,17 +172,28 @@ def models_of(
     shots:tuple[int,...], # for a bare backbone
     way:int, # for a bare backbone
     device:torch.device,
-) -> list: # (method, shot, model) for each model there; raises `BadInput`
-    "The models that `--weights` names; a run folder gives its head only too, with the inner rate and steps that its val chose."
+) -> list[tuple[str,TaskShape,Contender,MTL]]: # name, way and shot (its queries mean nothing), method and model; raises `BadInput`
+    "The models that `--weights` names. A run folder gives those without an outer loop too, with the inner rate and steps that its val chose."
     if path.is_dir():
         if not (path/"results.json").is_file(): raise BadInput(f"{path} holds no finished run: it has no results.json")
         rows = [r for r in read_json(path/"results.json").get("rows", []) if r["protocol"] == "standard"]
-        file = lambda r: "pretrain" if r["method"].startswith("head only") else find_row(r["method"]).stem(r["shot"])
-        rows = [r for r in rows if r["method"].startswith("head only") or (row := find_row(r["method"])).cached and row.meta]
-        return [(r["method"], r["shot"], load_model(path/f"{file(r)}.safetensors", r["way"], (r["lr"], r["steps"]), device)[0]) for r in rows]
-    model, record = load_model(path, way, device=device)
-    if record["kind"] == "backbone": return [("head only", k, model) for k in shots]
-    return [(record.get("method") or ("MTL + HT" if record["hard"] else "MTL"), record["shot"], model)]
+        head = {r["shot"]: (r["lr"], r["steps"]) for r in rows if r["method"].startswith("head only")}
+        todo = [(r["method"], r["way"], r["shot"], r["lr"], r["steps"]) for r in rows]
+        theta = path/"pretrain.safetensors"
+    elif load(path)[1].get("kind") == "backbone": theta, head, todo = path, {k: (0.01, 100) for k in shots}, [("head only", way, k, 0.01, 100) for k in shots]
+    else:
+        method, model, record = load_method(path, device)
+        return [(method.published, TaskShape(record["way"], record["shot"]), method, model)]
+    net, centre, _ = read_backbone(theta, device)
+    out = []
+    for name, n, k, lr, steps in todo:
+        method = find_method("head only" if name.startswith("head only") else name)
+        if method.meta: model = load_method(path/f"{method.stem(k)}.safetensors", device)[1]
+        else:
+            model = method.start(net, BaseLearner(net.d, n, *head[k]).to(device), centre)
+            set_inner(model, lr, steps)
+        out.append((name, TaskShape(n, k), method, model))
+    return out
 
 # %% ../nbs/21_cli.ipynb #62da26ab
 def _trained_size(
@@ -215,12 +231,13 @@ def mtl_meta_test(
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
-        for method, k, model in models:
-            shape = TaskShape(len(model.base.weight), k, query)
+        for label, shape, method, model in models:
+            shape = replace(shape, n_query=query)
             shape.check(bank, f"'{split}'")
-            result = meta_test(model, bank, Protocol("standard", shape, tasks, seed=seed), split)
-            if method.startswith("head only"): rivals[k] = result
-            rows.append(row(method, result, seed, None if method.startswith("head only") else rivals.get(k)))
+            if method.most < tasks: print(f"{label}, {shape.k_shot}-shot: takes long, and sits the first {method.most} tasks", flush=True)
+            result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split)[0], label.startswith("head only")
+            if first: rivals[shape.k_shot] = result
+            rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
         print("\n" + table(dict(rows=rows, data=dict(name=name))))
     return at_the_door(command)
 

@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/compare.html.md"""
 
 # %% auto #0
 __all__ = ['T975', 'EQUAL', 'answers', 'read_results', 'same_exam', 'difference', 'Cell', 'of_one_recipe', 'rows_at', 'by_seed',
-           'places', 'accuracy_at', 'gain']
+           'places', 'accuracy_at', 'gain', 'Table']
 
 # %% ../nbs/19_compare.ipynb #2c22c639
 import base64
@@ -173,8 +173,8 @@ def by_seed(
 def places(
     runs:list[dict], # from `read_results`
 ) -> list[tuple[str,str,str]]: # set, preset and split
-    "Where there are rows at all."
-    return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"]))
+    "Where there are rows at all, of presets as they are; those with changes have [a page of their own](19_search.ipynb)."
+    return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"] if "; " not in r["recipe"].preset))
 
 # %% ../nbs/19_compare.ipynb #2aff6a28
 def accuracy_at(
@@ -201,3 +201,31 @@ def gain(
     same_exam(used)
     return Cell.over([difference(x, y) for x, y in pairs], phases=len({x["phase1"] for x, _ in pairs}), tasks=min((x["tasks"] for x in used), default=0),
         files=tuple(dict.fromkeys(x["file"] for x in used)), signed=True)
+
+# %% ../nbs/19_compare.ipynb #db560f40
+@dataclass(frozen=True, repr=False)
+class Table:
+    "Rows of texts and `Cell`s under named columns; `table[row, column]` is one of them."
+    title:str
+    columns:tuple[str,...] # names
+    rows:list[tuple] # each as long as `columns`
+    notes:tuple[str,...]=() # lines to stand beneath
+    def __getitem__(self,
+        at:tuple[str|tuple[str,...],str], # the first entry of a row, or its first entries, and a column
+    ) -> str|Cell:
+        names = at[0] if isinstance(at[0], tuple) else at[:1]
+        return next(r[self.columns.index(at[1])] for r in self.rows if r[:len(names)] == names)
+    @property
+    def files(self) -> list[str]: # all files that its numbers come from
+        return list(dict.fromkeys(f for r in self.rows for c in r if isinstance(c, Cell) for f in c.files))
+    def __repr__(self):
+        files = self.files
+        show = lambda c: str(c) + (f" [{','.join(str(files.index(f) + 1) for f in c.files)}]" if isinstance(c, Cell) and c.files else "")
+        same = lambda i, j: i > 0 and all(isinstance(c, str) for c in self.rows[i][:j + 1]) and self.rows[i][:j + 1] == self.rows[i - 1][:j + 1]
+        grid = [self.columns, *(tuple("" if same(i, j) else show(c) for j, c in enumerate(r)) for i, r in enumerate(self.rows))]
+        width = [max(map(len, column)) for column in zip(*grid)]
+        line = lambda r: "| " + " | ".join(c.ljust(w) for c, w in zip(r, width)) + " |"
+        sources = [", ".join(f"[{i}] `{f}`" for i, f in enumerate(files, 1))]*bool(files)
+        below = "".join(f"\n- {o}" for o in (*self.notes, *sources))
+        return "\n".join([f"**{self.title}**", "", line(grid[0]), "|" + "|".join("-"*(w + 2) for w in width) + "|", *map(line, grid[1:])]) + f"\n{below}"*bool(below)
+    def _repr_markdown_(self): return repr(self)

@@ -93,7 +93,7 @@ def meta_train(
     while state.done < cfg.tasks:
         idx = next(tasks)[:cfg.tasks - state.done]
         mine, seats, loss, right = team.share(len(idx)), idx[0].numel(), yq.new_zeros((), dtype=torch.float32), [yq.new_zeros(0, shape.n_way, dtype=torch.float32)]
-        for p in params: p.grad = torch.zeros_like(p) if team.size > 1 else None
+        for p in params: p.grad = torch.zeros_like(p) if team.size > 1 and p.requires_grad else None
         for part in torch.arange(len(idx))[mine].split(at_once or len(idx)) if mine.stop > mine.start else ():
             images, g = bank.take(idx[part]).to(device), torch.Generator()
             g.set_state(state.g.get_state()) # every part rolls the dice of the whole batch

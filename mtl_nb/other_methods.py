@@ -65,7 +65,7 @@ def answers(
     feats:Tensor, # [n,D] features of the split
     exam:Exam, # the tasks
     base:nn.Module, # (support, labels, query) -> query logits: `Prototypes`, `Cosine`, or a base learner
-    extra:Tensor|None=None, # [n,D] features of the mirrored images, to join the support set
+    extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join the support set
     chunk:int=100, # tasks at a time
     team:Team=ALONE, # the processes that share the tasks
 ) -> Tensor: # int64 [T] right answers in each task, of N·Q
@@ -74,7 +74,7 @@ def answers(
     ys, yq = exam.shape.labels(k).to(feats.device), exam.shape.labels(exam.shape.n_query).to(feats.device)
     for idx in exam.idx[team.share(len(exam))].to(feats.device).split(chunk):
         support, labels = feats[idx[:, :, :k].flatten(1)], ys.expand(len(idx), n*k)
-        if extra is not None: support, labels = torch.cat([support, extra[idx[:, :, :k].flatten(1)]], 1), torch.cat([labels, labels], 1)
+        for more in () if extra is None else extra.view(-1, *feats.shape): support, labels = torch.cat([support, more[idx[:, :, :k].flatten(1)]], 1), torch.cat([labels, ys.expand(len(idx), n*k)], 1)
         out.append((base(support, labels, feats[idx[:, :, k:].flatten(1)]).argmax(-1) == yq).sum(1))
     return team.cat(torch.cat([yq.new_zeros(0), *out]), len(exam)).cpu()
 
@@ -117,17 +117,18 @@ def path(self:MAML,
     images:Tensor, # [E,N,K+Q,C,H,W] normalised images of E tasks
     shape:TaskShape, # N, K and Q
     steps:list[int], # inner steps to report at, ascending
+    lr:float|None=None, # β; None: the model's own
 ) -> Tensor: # [len(steps),E,N*Q,N] query logits on the way
     "Adapt a copy of the whole network to each task, in float32 on every device."
     if list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, got {list(steps)}")
-    whole, k, ys = nn.Sequential(self.backbone, self.base), shape.k_shot, shape.labels(shape.k_shot).to(images.device)
+    lr, whole, k, ys = self.lr if lr is None else lr, nn.Sequential(self.backbone, self.base), shape.k_shot, shape.labels(shape.k_shot).to(images.device)
     def task(x): # one task, [N,K+Q,C,H,W]
         support, query, p, done, out = x[:, :k].flatten(0, 1), x[:, k:].flatten(0, 1), dict(whole.named_parameters()), 0, []
         slopes = grad(lambda p: F.cross_entropy(functional_call(whole, p, (support,)), ys))
         for stop in steps:
             for _ in range(stop - done):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and self.order == 2): d = slopes(p)
-                p = {name: w - self.lr*d[name] for name, w in p.items()}
+                p = {name: w - lr*d[name] for name, w in p.items()}
             done = stop
             out.append(functional_call(whole, p, (query,)))
         return torch.stack(out)
@@ -205,15 +206,18 @@ class TADAM(MTL):
         return self.base(f[:, :, :k].flatten(1, 2), shape.labels(k).to(f.device).expand(e, -1), f[:, :, k:].flatten(1, 2))
 
 # %% ../nbs/17_other_methods.ipynb #caa1e788
-def _classify(state, bank, cfg, batch): # one step of plain classification, at the rate of the last step on tasks
-    model, idx = state.model, torch.randint(len(bank), (batch,), generator=state.g)
+def _classify(state, bank, cfg, batch, team): # one step of plain classification, at the rate of the last step on tasks
+    model, idx, mine = state.model, torch.randint(len(bank), (batch,), generator=state.g), team.share(batch)
     x = bank.take(idx).to(model.base.weight.device)
     if cfg.augment is not None: x = augment(x, state.g, **cfg.augment)
     state.opt.zero_grad(set_to_none=True)
-    with autocast(x.device): logits = model.base.auxiliary(model.embed(x.contiguous(memory_format=torch.channels_last)))
-    loss = F.cross_entropy(logits.float(), bank.y[idx].to(x.device))
-    loss.backward(); state.opt.step()
-    return loss.item()
+    with autocast(x.device): logits = model.base.auxiliary(model.embed(x[mine].contiguous(memory_format=torch.channels_last)))
+    loss = F.cross_entropy(logits.float(), bank.y[idx[mine]].to(x.device), reduction="sum")/batch
+    loss.backward()
+    total = loss.detach()
+    team.sum([total, *(p.grad for group in state.opt.param_groups for p in group["params"] if p.grad is not None)])
+    state.opt.step()
+    return total.item()
 
 def co_train(
     state:TrainState, # from `meta_state`, around a `TADAM`
@@ -222,16 +226,20 @@ def co_train(
     cfg:MetaTrainConfig,
     batch:int=64, # pictures in an auxiliary step
     start:float=0.9, # an auxiliary step's probability at first; it falls to 0.9 of itself twenty times
+    team:Team=ALONE, # the processes that share every batch
     **more, # further arguments of `meta_train`
 ) -> Iterator[dict]: # its records, with the auxiliary step's loss, or None
     "`meta_train` with TADAM's auxiliary co-training; raises `BadInput` if the auxiliary head is for another number of classes."
-    have, want = state.model.base.auxiliary.out_features, len(bank.names)
+    head, have, want = state.model.base.auxiliary, state.model.base.auxiliary.out_features, len(bank.names)
     if have != want: raise BadInput(f"the auxiliary head knows {have} classes, the base classes are {want}")
-    steps = meta_train(state, tasks, bank, cfg, **more)
+    steps = meta_train(state, tasks, bank, cfg, team=team, **more)
     while state.done < cfg.tasks:
         heads = torch.rand((), generator=state.g) < start*0.9**(20*state.done//cfg.tasks)
-        loss = _classify(state, bank, cfg, batch) if heads else None
-        yield next(steps) | dict(auxiliary=loss)
+        loss = _classify(state, bank, cfg, batch, team) if heads else None
+        head.requires_grad_(False) # a step on tasks says nothing of this head, in a team no more than alone
+        record = next(steps)
+        head.requires_grad_(True)
+        yield record | dict(auxiliary=loss)
     yield from steps # nothing is left; the model goes back to evaluation mode
 
 # %% ../nbs/17_other_methods.ipynb #c63a3a74
@@ -241,10 +249,11 @@ class Rival:
     label:str # its name in tables
     make:Callable # how; use `build`
     lr:float=1e-4 # γ for the backbone, a start
-    head_lr:float=1e-3 # γ for its base
     pretrained:bool=True # does it start from the Θ of phase 1, or from nothing?
     meta:bool=True # is there an outer loop at all?
     cached:bool=True # does every image have one feature vector, whatever its task?
+    rates:tuple=(None,) # β of its inner loop to choose from on val; None: it has no inner loop
+    steps:tuple=(None,) # inner steps, likewise, ascending
     loop:Callable=meta_train # the outer loop: `loop(state, tasks, bank, cfg)`
     @property
     def slug(self) -> str: # plain letters, for file names and the shell
@@ -267,10 +276,11 @@ def _small(order): return lambda net, n, centre, size, classes, seed: MAML(ConvN
 def _large(order): return lambda net, n, centre, size, classes, seed: MAML(net, n, 0.03, order=order, batch_stats=False)
 def _on(base, **kw): return lambda net, n, centre, size, classes, seed: MTL(net, base(n, **kw), centre)
 
+_INNER = dict(cached=False, rates=(0.01, 0.03, 0.1), steps=(1, 3, 5, 10))
+
 METHODS = {r.label: r for r in [
-    Rival("MAML 4-conv", _small(2), 1e-3, pretrained=False, cached=False),
-    Rival("MAML 4-conv, first order", _small(1), 1e-3, pretrained=False, cached=False),
-    Rival("MAML ResNet-12", _large(2), cached=False), Rival("MAML ResNet-12, first order", _large(1), cached=False),
+    Rival("MAML 4-conv", _small(2), 1e-3, pretrained=False, **_INNER), Rival("MAML 4-conv, first order", _small(1), 1e-3, pretrained=False, **_INNER),
+    Rival("MAML ResNet-12", _large(2), **_INNER), Rival("MAML ResNet-12, first order", _large(1), **_INNER),
     Rival("ProtoNet", _on(Prototypes, scale=0.1)),
     Rival("cosine classifier", _on(Cosine, learn=False), meta=False), Rival("Meta-Baseline", _on(Cosine)),
     Rival("TADAM", lambda net, n, centre, size, classes, seed: TADAM(net, n, classes, centre, seed=seed), cached=False, loop=co_train)]}

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from mtl_nb.ablations import ALIASES, ROWS, BatchStatistics, build, exam_images, find_row, finetune, slug, task_features, trained, tune_finetune
+from mtl_nb.ablations import ALIASES, ROWS, BatchStatistics, build, exam_images, find_row, finetune, slug, task_features, trained
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.checkpoints import load, save
 from mtl_nb.data import BadInput
@@ -84,6 +84,10 @@ def test_trained_is_a_copy(net):
     model.base.weight.data += 1
     assert before["base.weight"].abs().max() == 0
 
+def test_the_lower_order_counts(net):
+    orders = lambda label: [build(label, net, BaseLearner(8, 5, 0.1, 5, order)).base.order for order in (1, 2)]
+    assert (orders("SS [Θ;θ]"), orders("SS [Θ;θ], first order")) == ([1, 2], [1, 1])
+
 def test_building_shares_nothing(net):
     b = base()
     one, two = build("FT [Θ;θ]", net, b), build("FT [Θ;θ]", net, b)
@@ -144,10 +148,6 @@ def test_finetune_at_rate_zero_is_head_only(net, bank):
     assert torch.equal(finetune(model, bank, exam, 0., [1, 5]), want)
     with pytest.raises(ValueError, match="ascend"): finetune(model, bank, exam, 0., [5, 1])
 
-def test_tuning_returns_the_best_of_its_table(net, bank):
-    lr, steps, table = tune_finetune(build("update [Θ;θ]", net, base()), bank, make_exam(bank, shape, tasks=4), (.001, .1), (1, 3))
-    assert table.shape == (2, 2) and table[(.001, .1).index(lr), (1, 3).index(steps)] == table.max()
-
 def test_processes_share_the_tasks(net, bank):
     class Part(Team):   # each rank's share, uncut
         def cat(self, x, n): return x
@@ -157,5 +157,8 @@ def test_processes_share_the_tasks(net, bank):
     assert torch.equal(torch.cat([exam_images(odd, bank, exam, team=p) for p in parts]), exam_images(odd, bank, exam))
     assert torch.equal(torch.cat([task_features(odd, bank, exam, team=p)[0] for p in parts]), task_features(odd, bank, exam)[0])
     assert finetune(all_w, bank, exam.first(1), .01, [1], team=Part(0, 3)).shape == (1, 0)   # more processes than tasks
+    twice = lambda x, shape: torch.stack([odd(x, shape)]*2)
+    assert torch.equal(exam_images(odd, bank, exam, call=twice), exam_images(odd, bank, exam).expand(2, -1))
+    assert [exam_images(odd, bank, exam.first(1), team=Part(0, 3), call=c).shape for c in (None, twice)] == [(0,), (2, 0)]
 
 def test_batch_statistics_is_an_mtl(net): assert isinstance(build("SS [Θ;θ], batch statistics", net, base()), BatchStatistics) and issubclass(BatchStatistics, MTL)

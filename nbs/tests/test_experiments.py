@@ -127,7 +127,7 @@ def test_rows_killed_and_resumed(ablated, banks, tmp_path, monkeypatch):
 
 
 def test_unknown_and_doubled_rows(banks, recipe, tmp_path):
-    with pytest.raises(BadInput, match="no row 'MAMA'"): run(replace(recipe, methods=("MAMA",)), banks, tmp_path/"a")
+    with pytest.raises(BadInput, match="no method 'MAMA'"): run(replace(recipe, methods=("MAMA",)), banks, tmp_path/"a")
     with pytest.raises(BadInput, match="must be different"): run(replace(recipe, methods=("MTL", "SS [Θ;θ]")), banks, tmp_path/"b")
     assert not list(tmp_path.iterdir())
 

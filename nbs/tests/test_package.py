@@ -20,5 +20,5 @@ def test_wheel(copy):
 
 def test_console_scripts():
     ours = [o for o in entry_points(group="console_scripts") if o.value.startswith("mtl_nb.")]
-    assert {"mtl_run", "mtl_meta_test"} <= {o.name for o in ours}
+    assert {"mtl_run", "mtl_meta_test", "mtl_campaign"} <= {o.name for o in ours}
     assert all(callable(o.load()) for o in ours)

@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtl_nb.ablations import exam_images
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.checkpoints import load
 from mtl_nb.data import BadInput
 from mtl_nb.devices import ALONE, Team, join
-from mtl_nb.episodes import TaskShape
+from mtl_nb.episodes import Tasks, TaskShape
 from mtl_nb.evaluation import exam_path, features, make_exam
 from mtl_nb.glyphs import glyphs
 from mtl_nb.hard_tasks import HardTasks
 from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.other_methods import TADAM, co_train
 from mtl_nb.pretrain import PretrainConfig, pretrain, pretrain_state
 from mtl_nb.resnet12 import ResNet12
 from mtl_nb.scale_shift import scale_shift
@@ -46,6 +48,14 @@ def two_phase(team, at_once=0):
     tasks = HardTasks(bank.by_class, shape, 3, 0, random=7, hard_count=4)
     records = list(meta_train(state, tasks, bank, cfg, at_once, team))
     return records, state.model.state_dict()
+
+def co_trained(team):
+    bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=24, batch=3, augment=CROP)
+    state = meta_state(TADAM(ResNet12((4, 8, 8, 16)).eval(), 5, 8), cfg)
+    state.opt = torch.optim.SGD([dict(params=[p for group in state.opt.param_groups for p in group["params"]], lr=.05, start=.05)], momentum=.9) # what has momentum must rest where it has no gradient
+    records = list(co_train(state, Tasks(bank.by_class, shape, 3), bank, cfg, batch=9, team=team))
+    right = exam_images(state.model, bank, make_exam(bank, shape, tasks=9), team=team)
+    return records, state.model.state_dict(), right
 
 def exam_of(team):
     bank = glyphs(0)["val"].subset(range(6))
@@ -87,6 +97,15 @@ def test_phase_2(pair):
     assert max((v - weights[f"backbone.{k}"]).abs().max() for k, v in start.items() if k.endswith(("scale", "shift"))) > .01, "nothing was learned that could differ"
     assert {r["hard"] for r in records} == {True, False}
     assert all(torch.equal(v, pair[1]["two"][1][k]) for k, v in pair[0]["two"][1].items())
+
+def test_co_training(pair):
+    records, weights, right = co_trained(ALONE)
+    for there, w, answers in (p["tadam"] for p in pair):
+        for a, b in zip(plain(records), plain(there), strict=True): near({k: v for k, v in a.items() if v is not None}, b, 1e-4)
+        near(weights, w, 1e-4)
+        assert (answers - right).abs().max() <= 1
+    assert {r["auxiliary"] is None for r in records} == {True, False}
+    assert all(torch.equal(v, pair[1]["tadam"][1][k]) for k, v in pair[0]["tadam"][1].items())
 
 def test_more_processes_than_tasks(pair):
     assert Team(0, 2).share(1) == slice(0, 0) and Team(1, 2).share(1) == slice(0, 1)
@@ -138,5 +157,5 @@ if __name__ == "__main__":
     def refuse(): raise BadInput("no room")
     try: team.tell(refuse); refused = ""
     except BadInput as e: refused = str(e)
-    out = dict(one=one_phase(team), two=two_phase(team), exam=exam_of(team), told=team.tell(lambda: f"from {team.rank}"), refused=refused)
+    out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team), told=team.tell(lambda: f"from {team.rank}"), refused=refused)
     torch.save(out, Path(sys.argv[1])/f"{team.rank}.pt")
