@@ -56,11 +56,11 @@ class Recipe:
 _MARKS = ("glyphs", "glyphs-far", "omniglot") # drawn signs: small as they are, and another sign in the mirror
 
 def preset(
-    name:str, # quick, small or paper
+    name:str, # quick, small, paper or strong
     data:str="glyphs", # name of the set
     **changes, # fields of `Recipe` to set otherwise
 ) -> Recipe: # raises `BadInput` for an unknown name
-    "quick: minutes on a CPU; small: about an hour on a CPU; paper: full width and the paper's schedule, for a GPU."
+    "quick: minutes on a CPU; small: about an hour on a CPU; paper: full width and the paper's schedule, for a GPU; strong: full width and today's phase 1, for a GPU."
     seed, crop = changes.get("seed", 0), lambda pad: dict(pad=pad, flip=data not in _MARKS, jitter=0.)
     common = dict(data=data, preset=name, hard={1: 20, 5: 10, 10: 4} if data == "fc100" else {1: 10, 5: 4, 10: 4})
     if name == "quick":
@@ -73,7 +73,11 @@ def preset(
         r = Recipe(**common, size=84, tasks=10_000, widths=(64, 128, 256, 512), drop=0.1, centred=False, paper=True,
             phase1=PretrainConfig(epochs=18, batch=64, lr=1e-3, weight_decay=0., smoothing=0., adam=True, augment=crop(4), seed=seed),
             phase2=MetaTrainConfig(tasks=8000, batch=2, halve=2000, seed=seed), inner=(0.01, 20), patience=0)
-    else: raise BadInput(f"no preset '{name}': choose quick, small or paper")
+    elif name == "strong":
+        r = Recipe(**common, size=84 if data == "miniimagenet" else 32, tasks=10_000, widths=(64, 128, 256, 512),
+            phase1=PretrainConfig(epochs=60, lr=0.1, warmup=0.05, augment=crop(4), seed=seed),
+            phase2=MetaTrainConfig(tasks=4000, batch=4, halve=2000, seed=seed), inner=(0.2, 50), every=200)
+    else: raise BadInput(f"no preset '{name}': choose quick, small, paper or strong")
     return replace(r, **changes)
 
 # %% ../nbs/17_recipes.ipynb #af2af351
@@ -101,19 +105,23 @@ def from_record(
 def changed(
     recipe:Recipe,
     changes:dict, # such as {"phase1.epochs": 40, "extras.mixup": 0.2, "copies": 4}
-) -> Recipe: # its `preset` tells the changes; raises `BadInput` for an unknown name or a value of another kind
+) -> Recipe: # its `preset` tells the changes, but for those of the exam alone; raises `BadInput` for an unknown name or a value of another kind
     "The recipe with some fields set otherwise."
     there = json.loads(json.dumps(asdict(recipe)))
     for name, value in changes.items():
         *way, last = name.split(".")
+        if last in _FIXED: raise BadInput(f"'{name}' is not to be set this way: it comes from the command or the plan itself")
         try:
             part = there
             for o in way: part = part[o]
-            if last not in part and way != ["phase1", "augment"]: raise KeyError(last)
+            if last not in (_AUGMENT if way == ["phase1", "augment"] else part): raise KeyError(last)
         except (KeyError, TypeError): raise BadInput(f"a recipe has no '{name}': look at its fields in `Recipe`") from None
         part[last] = value
-    if changes: there["preset"] += "; " + ", ".join(f"{k}={json.dumps(v)}" for k, v in changes.items())
+    told = [f"{k}={json.dumps(v)}" for k, v in changes.items() if k not in _EXAM]
+    if told: there["preset"] += ("; " not in there["preset"] and "; " or ", ") + ", ".join(told)
     return from_record(there)
+
+_EXAM, _FIXED, _AUGMENT = ("shots", "methods", "tasks", "exam", "paper"), ("data", "preset", "seed", "backbone", "head_label"), ("pad", "flip", "jitter", "zoom") # what is asked, not how it is trained; what is set elsewhere; what `augment` takes
 
 # %% ../nbs/17_recipes.ipynb #98a7411c
 def equal_time(
