@@ -24,11 +24,11 @@ from .contenders import Contender, find_method, load_method, set_inner
 from .data import BadInput
 from .devices import Machine, at_the_door, join, pick_device
 from .episodes import TaskShape
-from .experiments import run
+from .experiments import run, support_copies
 from .meta_test import Protocol, read_backbone, row, table
 from .meta_train import MTL
 from .other_methods import METHODS
-from .recipes import changed
+from .recipes import Recipe, changed, from_record
 from .recipes import equal_time as longer_phase_one
 from .recipes import preset as make_recipe
 
@@ -174,12 +174,12 @@ def models_of(
     return out
 
 # %% ../nbs/21_cli.ipynb #62da26ab
-def _trained_size(
+def _trained(
     path:Path, # a run folder or a weights file in one
-) -> int|None: # pixels a side that its recipe asked for
-    "The image size of the run that weights belong to."
+) -> Recipe|None: # None when there is none beside it
+    "The recipe of the run that weights belong to."
     file = (path if path.is_dir() else path.parent)/"recipe.json"
-    return read_json(file).get("recipe", {}).get("size") if file.is_file() else None
+    return from_record(read_json(file).get("recipe", {})) if file.is_file() else None
 
 # %% ../nbs/21_cli.ipynb #7c8d5a0a
 @call_parse
@@ -204,8 +204,9 @@ def mtl_meta_test(
         if way < 2: raise BadInput(f"--way must be at least 2, got {way}")
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
-        models = models_of(Path(weights), numbers(shots, "--shots"), way, dev)
-        bank = load_data(data, root, _trained_size(Path(weights)) if size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
+        models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))
+        extra = recipe and support_copies(recipe, Machine(dev))
+        bank = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
@@ -213,7 +214,7 @@ def mtl_meta_test(
             shape = replace(shape, n_query=query)
             shape.check(bank, f"'{split}'")
             if method.most < tasks: print(f"{label}, {shape.k_shot}-shot: takes long, and sits the first {method.most} tasks", flush=True)
-            result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split)[0], label.startswith("head only")
+            result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, extra=extra)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
         print("\n" + table(dict(rows=rows, data=dict(name=name))))
