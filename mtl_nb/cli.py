@@ -126,7 +126,6 @@ def mtl_run(
         if equal_time: record = read_json(equal_time); recipe = longer_phase_one(record)
         if recipe.data != name: raise BadInput(f"--equal-time: that run is on '{recipe.data}', --data is '{name}'")
         if exam not in (None, "test", "val"): raise BadInput(f"--exam is test or val, got '{exam}'")
-        if recipe.size is not None and recipe.size < 16: raise BadInput(f"--size must be at least 16 pixels, got {recipe.size}")
         if backbone and not Path(backbone).is_file(): raise BadInput(f"--backbone: no such file: {backbone}")
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
         if shares is not None and shares < 1: raise BadInput(f"--shares must be at least 1, got {shares}")

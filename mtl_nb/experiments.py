@@ -185,12 +185,8 @@ def _finish(recipe, folder, rows, data, machine, seconds):
 # %% ../nbs/18_experiments.ipynb #39b06f48
 def _check(recipe, banks):
     if recipe.exam not in banks: raise BadInput(f"the exam is to be on '{recipe.exam}', but the data has only {', '.join(banks)}")
-    if not recipe.shots or len(set(recipe.shots)) < len(recipe.shots): raise BadInput(f"--shots must be different numbers, got {list(recipe.shots)}")
     small = min(min(b.x.shape[2:]) for b in banks.values())
     if small < 16: raise BadInput(f"images of {small} pixels are too small: ResNet-12 needs 16; set --size")
-    if recipe.copies < 0 or recipe.copies and recipe.phase1.augment is None: raise BadInput(f"copies must be 0 or more, and are augmented as in phase 1: got {recipe.copies}, phase1.augment {recipe.phase1.augment}")
-    if not 0 <= recipe.seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {recipe.seed}")
-    if recipe.tasks < 2: raise BadInput(f"an exam needs at least 2 tasks, got {recipe.tasks}")
     batch, shares = min(recipe.phase1.batch, len(banks["train"])), recipe.phase1.shares
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     if len({find_method(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")

@@ -11,7 +11,7 @@ __all__ = ['Recipe', 'preset', 'from_record', 'changed', 'equal_time']
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 
 from .data import BadInput
 from .meta_train import MetaTrainConfig
@@ -48,11 +48,32 @@ class Recipe:
     head_label:str="head only" # under which name head only is recorded
     extras:Extras=field(default_factory=Extras) # what [phase 1 is given](12_stronger.ipynb) beyond cross-entropy
     copies:int=0 # augmented copies of each support image at the exam, for every method; they are augmented as in phase 1
+    def __post_init__(self): _check(self)
     def digest(self) -> str: # hexadecimal SHA-256
         "The recipe's name, made of its content."
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/17_recipes.ipynb #762604d0
+# %% ../nbs/17_recipes.ipynb #b388ce94
+def _check(r):
+    "Raise `BadInput` for what cannot be, whatever the images."
+    p, q, count = r.phase1, r.phase2, lambda x: isinstance(x, int) and x >= 1
+    wants = [(r.shots and all(map(count, r.shots)) and len(set(r.shots)) == len(r.shots), f"--shots must be different numbers, each at least 1, got {list(r.shots)}"),
+        (r.way >= 2, f"--way must be at least 2, got {r.way}"), (r.query >= 1, f"--query must be at least 1, got {r.query}"), (r.tasks >= 2, f"an exam needs at least 2 tasks, got {r.tasks}"),
+        (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
+        (r.exam in ("train", "val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
+        (0 <= r.drop < 1, f"drop must be at least 0 and below 1, got {r.drop}"), (not r.extras.block or r.drop, "extras.block needs a rate of dropout: set drop, too"),
+        (r.copies >= 0 and not (r.copies and p.augment is None), f"copies must be 0 or more, and are augmented as in phase 1: got {r.copies}, phase1.augment {p.augment}"),
+        (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (r.select >= 2 and r.every >= 1 and r.patience >= 0, f"select must be at least 2, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
+        (all(v >= 0 for v in r.hard.values()), f"hard must be numbers of tasks, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and r.inner[0] >= 0 and r.inner[1] >= 0, f"inner must be a rate and steps, not negative, got {r.inner}"),
+        (p.epochs >= 1 and p.batch >= 2 and p.halve >= 1, f"phase 1: epochs and halve must be at least 1, batch at least 2, got {p.epochs}, {p.halve}, {p.batch}"),
+        (0 < p.lr < inf and 0 <= p.weight_decay < inf and 0 <= p.smoothing < 1 and 0 <= p.warmup <= 1, f"phase 1: lr must be above 0, weight_decay not negative, smoothing and warmup between 0 and 1, got {p.lr}, {p.weight_decay}, {p.smoothing}, {p.warmup}"),
+        (p.shares >= 1, f"--shares must be at least 1, got {p.shares}"),
+        (q.tasks >= 1 and q.batch >= 1 and q.halve >= 1, f"phase 2: tasks, batch and halve must be at least 1, got {q.tasks}, {q.batch}, {q.halve}"),
+        (0 <= q.lr < inf and 0 <= q.head_lr < inf and 0 <= q.floor <= 1, f"phase 2: rates must not be negative, floor between 0 and 1, got {q.lr}, {q.head_lr}, {q.floor}")]
+    for fine, words in wants:
+        if not fine: raise BadInput(words)
+
+# %% ../nbs/17_recipes.ipynb #af2af351
 _MARKS = ("glyphs", "glyphs-far", "omniglot") # drawn signs: small as they are, and another sign in the mirror
 
 def preset(
@@ -80,7 +101,7 @@ def preset(
     else: raise BadInput(f"no preset '{name}': choose quick, small, paper or strong")
     return replace(r, **changes)
 
-# %% ../nbs/17_recipes.ipynb #af2af351
+# %% ../nbs/17_recipes.ipynb #43d201a4
 def _typed(made, given):
     "The dataclass from these fields, each of the type of its default."
     for k, v in given.items():
@@ -90,18 +111,20 @@ def _typed(made, given):
         if k in ("shots", "widths") and not (v and all(isinstance(o, int) for o in v)): raise TypeError(f"{k} is {v!r}")
     return replace(made, **given)
 
+def _built(there):
+    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+    parts = dict(phase1=(PretrainConfig(), there["phase1"]), phase2=(MetaTrainConfig(), there["phase2"]), extras=(Extras(), there.get("extras", {})))
+    given = dict(hard={int(k): v for k, v in there["hard"].items()}, **{k: _typed(*o) for k, o in parts.items()})
+    return _typed(Recipe(), tuples(there) | given)
+
 def from_record(
     there:dict, # the `recipe` of a `results.json`
 ) -> Recipe: # raises `BadInput` when it is none
     "The recipe of a recorded run."
-    tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-    try:
-        parts = dict(phase1=(PretrainConfig(), there["phase1"]), phase2=(MetaTrainConfig(), there["phase2"]), extras=(Extras(), there.get("extras", {})))
-        given = dict(hard={int(k): v for k, v in there["hard"].items()}, **{k: _typed(*o) for k, o in parts.items()})
-        return _typed(Recipe(), tuples(there) | given)
+    try: return _built(there)
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"this is not the recipe of a run ({e})") from None
 
-# %% ../nbs/17_recipes.ipynb #43d201a4
+# %% ../nbs/17_recipes.ipynb #98a7411c
 def changed(
     recipe:Recipe,
     changes:dict, # such as {"phase1.epochs": 40, "extras.mixup": 0.2, "copies": 4}
@@ -119,11 +142,13 @@ def changed(
         part[last] = value
     told = [f"{k}={json.dumps(v)}" for k, v in changes.items() if k not in _EXAM]
     if told: there["preset"] += ("; " not in there["preset"] and "; " or ", ") + ", ".join(told)
-    return from_record(there)
+    try: return _built(there)
+    except BadInput: raise
+    except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"a recipe cannot be set so: {e}") from None
 
 _EXAM, _FIXED, _AUGMENT = ("shots", "methods", "tasks", "exam", "paper"), ("data", "preset", "seed", "backbone", "head_label"), ("pad", "flip", "jitter", "zoom") # what is asked, not how it is trained; what is set elsewhere; what `augment` takes
 
-# %% ../nbs/17_recipes.ipynb #98a7411c
+# %% ../nbs/17_recipes.ipynb #1f83dee6
 def equal_time(
     results:dict, # of `results.json`: a finished run with a row `MTL`
 ) -> Recipe: # raises `BadInput` when the record does not tell the times

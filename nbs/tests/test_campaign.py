@@ -58,7 +58,7 @@ NEXT = dict(GOOD, name="next")
     (dict(NEXT, methods=5), "'methods' cannot be 5"),
     (dict(NEXT, set={"phase1.epoch": 3}), "no 'phase1.epoch'"),
     (dict(NEXT, set={"phase1.epochs": "many"}), "epochs is 'many'"),
-    (dict(NEXT, set={"phase1.augment.zom": .5}), "phase1.augment knows no 'zom'"),
+    (dict(NEXT, set={"phase1.augment.zom": .5}), "a recipe has no 'phase1.augment.zom'"),
     (dict(NEXT, set={"extras.turns": 2.}), "turns must be between 0 and 1"),
     (dict(NEXT, set={"seed": 3}), "'seed' is no matter for 'set'"),
     (dict(NEXT, set={"exam": "train"}), "the exam is on test or val"),
