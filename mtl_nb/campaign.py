@@ -10,18 +10,16 @@ __all__ = ['Job', 'read_plan', 'campaign', 'overview', 'publish', 'mtl_campaign'
 # %% ../nbs/19_campaign.ipynb #909b73f7
 import json, re, time
 from dataclasses import dataclass, replace
-from inspect import signature
 from math import inf
 from pathlib import Path
 
 import torch
 from fastcore.script import call_parse, store_true
 
-from .ablations import ROWS
 from .benchmarks import load_data
 from .checkpoints import load, read_json, save, sha256, write_whole
-from .contenders import find_method
-from .data import BadInput, augment
+from .contenders import find_method, rows_of
+from .data import BadInput
 from .devices import Machine, TimeUp, at_the_door, join, pick_device
 from .experiments import run
 from .meta_test import backbone_of, table
@@ -52,7 +50,7 @@ def _complete(entry, seen): # an entry of a plan with what it takes from another
     for k, v in entry.items():
         if k not in _KINDS: raise BadInput(f"a job has no '{k}', only {', '.join(_KINDS)}")
         if not isinstance(v, _KINDS[k]) or isinstance(v, bool): raise BadInput(f"'{k}' cannot be {json.dumps(v)}")
-    if not re.fullmatch(r"[\w-]+", entry.get("name", ""), re.ASCII): raise BadInput("a job needs a 'name' of letters, digits, - and _: it names a folder")
+    if not re.fullmatch(r"[\w-]{1,100}", entry.get("name", ""), re.ASCII): raise BadInput("a job needs a 'name' of letters, digits, - and _, at most 100: it names a folder")
     if "like" in entry:
         if entry["like"] not in seen: raise BadInput(f"'like' names '{entry['like']}', which is no earlier entry")
         there = seen[entry["like"]]
@@ -65,10 +63,9 @@ def _complete(entry, seen): # an entry of a plan with what it takes from another
     if not 0 < entry.get("minutes", 1) < inf: raise BadInput(f"'minutes' must be a number above 0, got {entry['minutes']}")
     return entry
 
-def _methods(asked): # the methods that a job asks for, as they are published; head only is always among the rows
-    names = [o.strip() for o in (asked.split(",") if isinstance(asked, str) else map(str, asked)) if str(o).strip()]
-    if names == ["table1"]: names = [k for k in ROWS if "," not in k]
-    return tuple(dict.fromkeys(label for o in names if o != "none" and (label := find_method(o).published) != "head only"))
+def _methods(asked): # the methods that a job asks for, as they are published: a text as for the command, or a list of names
+    if isinstance(asked, str): return rows_of(asked)
+    return tuple(dict.fromkeys(m for o in map(str, asked) for m in ((find_method(o).published,) if "," in o else rows_of(o)) if m != "head only"))
 
 # %% ../nbs/19_campaign.ipynb #ae2ffe21
 _PHASE1 = ("widths", "drop", "phase1", "extras") # the fields that a backbone was trained by
@@ -76,11 +73,8 @@ _PHASE1 = ("widths", "drop", "phase1", "extras") # the fields that a backbone wa
 def _recipe(entry, name, seed): # the recipe that an entry asks for
     if "preset" not in entry: raise BadInput("it needs a 'preset'")
     given, changes = {k: f(entry[k]) for k, f in (("shots", tuple), ("methods", _methods)) if k in entry}, entry.get("set", {})
-    if own := {"data", "preset", "seed", "shots", "methods", "backbone", "head_label"} & changes.keys(): raise BadInput(f"'{min(own)}' is no matter for 'set'")
+    if own := {"shots", "methods"} & changes.keys(): raise BadInput(f"'{min(own)}' is no matter for 'set'")
     recipe = changed(preset(entry["preset"], name, seed=seed, **given), changes)
-    for part, cfg in (("phase1", recipe.phase1), ("phase2", recipe.phase2)):
-        if odd := set(cfg.augment or ()) - set(list(signature(augment).parameters)[2:]): raise BadInput(f"{part}.augment knows no '{min(odd)}'")
-    if recipe.exam not in ("test", "val"): raise BadInput(f"the exam is on test or val, not on '{recipe.exam}'")
     return recipe
 
 def _job(entry, seed, suffix, earlier): # the job of an entry for one of its seeds
@@ -130,19 +124,19 @@ def _asked(job, out, shares=1): # the recipe to run; what was recorded of an equ
     return replace(recipe, phase1=replace(recipe.phase1, shares=max(recipe.phase1.shares, shares)))
 
 def _same(job, out, there): # is a recorded recipe what the job asks for? How many processes shared the work does not matter here
-    needs = job.needs(out)
-    if needs and not needs.is_file(): return True # nobody can tell any more
+    if (needs := job.needs(out)) and not needs.is_file(): return True # nobody can tell any more
     bare = lambda r: replace(r, backbone="", phase1=replace(r.phase1, shares=1))
     return bare(there) == bare(_asked(job, out)) and (not job.backbone or there.backbone == sha256(needs))
 
 def _found(job, out): # what the job's folder tells: its state, why it failed, and the rows of its results
-    folder, told = out/job.name, ("method", "protocol", "split", "shot", "tasks", "accuracy", "ci95", "paired")
+    folder, told = out/job.name, ("method", "protocol", "split", "shot", "tasks", "accuracy", "ci95")
     if not (folder/"results.json").is_file(): return dict(state="begun" if (folder/"recipe.json").is_file() else "waiting", why="", rows=[])
     try:
         results = read_json(folder/"results.json")
         if not _same(job, out, from_record(results.get("recipe", {}))): raise BadInput(f"{folder} holds another recipe: give the job another name, or move the folder away")
-        return dict(state="done", why="", rows=[{k: r[k] for k in told if k in r} for r in results["rows"]])
-    except (BadInput, KeyError, TypeError) as e: return dict(state="failed", why=str(e), rows=[])
+        rows = [{k: r[k] for k in told} | {k: r[k] for k in ("paired",) if k in r} for r in results["rows"]]
+        return dict(state="done", why="", rows=[r for r in rows if r["accuracy"] + r["ci95"] >= 0])
+    except (BadInput, KeyError, TypeError) as e: return dict(state="failed", rows=[], why=str(e) if isinstance(e, BadInput) else f"{folder/'results.json'} is damaged ({e}): move the folder away, and the job is run anew")
 
 # %% ../nbs/19_campaign.ipynb #a78cb216
 def _next(jobs, book, out, left, whole): # the name of the job to do next, with so many minutes left of a piece of `whole` minutes; None: there is nothing to do, or no time
@@ -177,6 +171,9 @@ def campaign(
             if key not in banks: banks[key] = team.in_turn(lambda: load(*key))
             run(recipe, banks[key], out/name, machine, True, job.needs(out) if job.backbone else None)
         except TimeUp: pass
+        except KeyboardInterrupt:
+            mine.update(minutes=round(mine["minutes"] + (time.time() - began)/60, 3), state="begun"); _write(book, out, machine)
+            raise
         except wrong as e: mine.update(state="failed", why=str(e).strip().split("\n")[0])
         if mine["state"] != "failed": mine.update(team.tell(lambda: _found(job, out)))
         mine["minutes"] = round(mine["minutes"] + (time.time() - began)/60, 3)
@@ -189,7 +186,10 @@ def _begin(jobs, out): # the book of a campaign as the folders tell it; minutes 
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"cannot write to {out}: {e.strerror}") from None
     spent = {o.get("name"): o for o in read_json(out/"campaign.json").get("jobs", []) if isinstance(o, dict)} if (out/"campaign.json").exists() else {}
-    return {o.name: dict(name=o.name, **_found(o, out), stated=o.minutes, **{k: spent.get(o.name, {}).get(k, d) for k, d in (("minutes", 0.), ("peak_gib", None))}) for o in jobs}
+    book = {o.name: dict(name=o.name, **_found(o, out), stated=o.minutes, **{k: spent.get(o.name, {}).get(k, d) for k, d in (("minutes", 0.), ("peak_gib", None))}) for o in jobs}
+    for o in jobs: # what stands on another plan's work is not this plan's
+        if book.get(first := o.backbone or o.equal_to, {}).get("state") == "failed": book[o.name].update(state="failed", why=f"it needs {first}, which failed", rows=[])
+    return book
 
 def _write(book, out, machine): # `campaign.json`, whole
     record = dict(schema=1, kind="campaign", device=str(machine), jobs=list(book.values()))
@@ -288,6 +288,6 @@ def mtl_campaign(
         record = campaign(jobs, lambda data, size: load_data(data, root, size, download), Path(out), machine)
         machine.team.tell(lambda: _publish_all(wanted, record, Path(out)))
         print(f"\n{overview(record)}\nEverything is in {out}")
-        if any(o["state"] in ("begun", "waiting") for o in record["jobs"]): print("Time is up: the same command goes on from here.")
+        if any(o["state"] in ("begun", "waiting") for o in record["jobs"]): print("Nothing was run: give it --minutes, or leave that out." if minutes == 0 else "Time is up: the same command goes on from here.")
         if failed := [o["name"] for o in record["jobs"] if o["state"] == "failed"]: raise BadInput(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (why is told above)")
     return at_the_door(command, BadInput, "the same command goes on from here")

@@ -174,5 +174,6 @@ def table(
                 p = r and r.get("paired")
                 cells.append("" if r is None else f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f"  ({p['difference']:+.2f} ±{p['ci95']:.2f})" if p else ""))
             out.append((f"{method:{wide}}" + "".join(f"{c:<30}" for c in cells)).rstrip())
-        out.append("")
+        few = {r["tasks"]: dict.fromkeys(o["method"] for o in mine if o["tasks"] == r["tasks"]) for r in mine if r["tasks"] < mine[0]["tasks"]}
+        out += [f"on the first {n:,} of these tasks: {', '.join(names)}" for n, names in few.items()] + [""]
     return "\n".join(out)

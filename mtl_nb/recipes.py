@@ -11,6 +11,7 @@ __all__ = ['Recipe', 'preset', 'from_record', 'changed', 'equal_time']
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from math import ceil, inf
 
 from .data import BadInput
@@ -56,22 +57,29 @@ class Recipe:
 # %% ../nbs/17_recipes.ipynb #b388ce94
 def _check(r):
     "Raise `BadInput` for what cannot be, whatever the images."
-    p, q, count = r.phase1, r.phase2, lambda x: isinstance(x, int) and x >= 1
+    p, q, count = r.phase1, r.phase2, lambda x: type(x) is int and x >= 1
     wants = [(r.shots and all(map(count, r.shots)) and len(set(r.shots)) == len(r.shots), f"--shots must be different numbers, each at least 1, got {list(r.shots)}"),
         (r.way >= 2, f"--way must be at least 2, got {r.way}"), (r.query >= 1, f"--query must be at least 1, got {r.query}"), (r.tasks >= 2, f"an exam needs at least 2 tasks, got {r.tasks}"),
         (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
-        (r.exam in ("train", "val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
+        (r.exam in ("val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
         (0 <= r.drop < 1, f"drop must be at least 0 and below 1, got {r.drop}"), (not r.extras.block or r.drop, "extras.block needs a rate of dropout: set drop, too"),
         (r.copies >= 0 and not (r.copies and p.augment is None), f"copies must be 0 or more, and are augmented as in phase 1: got {r.copies}, phase1.augment {p.augment}"),
         (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (r.select >= 2 and r.every >= 1 and r.patience >= 0, f"select must be at least 2, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
-        (all(v >= 0 for v in r.hard.values()), f"hard must be numbers of tasks, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and r.inner[0] >= 0 and r.inner[1] >= 0, f"inner must be a rate and steps, not negative, got {r.inner}"),
+        (all(type(v) is int and v >= 0 for v in r.hard.values()), f"hard must be numbers of tasks, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and isinstance(r.inner[0], (int, float)) and r.inner[0] >= 0 and type(r.inner[1]) is int and r.inner[1] >= 0, f"inner must be a rate and a whole number of steps, not negative, got {r.inner}"),
         (p.epochs >= 1 and p.batch >= 2 and p.halve >= 1, f"phase 1: epochs and halve must be at least 1, batch at least 2, got {p.epochs}, {p.halve}, {p.batch}"),
         (0 < p.lr < inf and 0 <= p.weight_decay < inf and 0 <= p.smoothing < 1 and 0 <= p.warmup <= 1, f"phase 1: lr must be above 0, weight_decay not negative, smoothing and warmup between 0 and 1, got {p.lr}, {p.weight_decay}, {p.smoothing}, {p.warmup}"),
-        (p.shares >= 1, f"--shares must be at least 1, got {p.shares}"),
+        *((_crops(c), f"augment must be null, or pad of 0 or more pixels, flip true or false, jitter from 0 to 1, zoom above 0 and up to 1, got {c}") for c in (p.augment, q.augment)), (p.shares >= 1, f"--shares must be at least 1, got {p.shares}"),
         (q.tasks >= 1 and q.batch >= 1 and q.halve >= 1, f"phase 2: tasks, batch and halve must be at least 1, got {q.tasks}, {q.batch}, {q.halve}"),
         (0 <= q.lr < inf and 0 <= q.head_lr < inf and 0 <= q.floor <= 1, f"phase 2: rates must not be negative, floor between 0 and 1, got {q.lr}, {q.head_lr}, {q.floor}")]
     for fine, words in wants:
         if not fine: raise BadInput(words)
+
+_AUGMENT = ("pad", "flip", "jitter", "zoom")
+
+def _crops(c): # keywords that `augment` can take
+    number = lambda x: type(x) in (int, float)
+    return c is None or not set(c) - set(_AUGMENT) and type(c.get("pad", 0)) is int and c.get("pad", 0) >= 0 and type(c.get("flip", True)) is bool and all(
+        number(c.get(k, 1)) and low <= c.get(k, 1) <= 1 for k, low in (("jitter", 0), ("zoom", .01)))
 
 # %% ../nbs/17_recipes.ipynb #af2af351
 _MARKS = ("glyphs", "glyphs-far", "omniglot") # drawn signs: small as they are, and another sign in the mirror
@@ -133,12 +141,16 @@ def changed(
     there = json.loads(json.dumps(asdict(recipe)))
     for name, value in changes.items():
         *way, last = name.split(".")
+        if isinstance(value, dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
         if last in _FIXED: raise BadInput(f"'{name}' is not to be set this way: it comes from the command or the plan itself")
         try:
             part = there
             for o in way: part = part[o]
+            if part is None: raise BadInput(f"'{name}' cannot be set: {'.'.join(way)} is null")
             if last not in (_AUGMENT if way == ["phase1", "augment"] else part): raise KeyError(last)
-        except (KeyError, TypeError): raise BadInput(f"a recipe has no '{name}': look at its fields in `Recipe`") from None
+        except (KeyError, TypeError):
+            near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
+            raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
         part[last] = value
     told = [f"{k}={json.dumps(v)}" for k, v in changes.items() if k not in _EXAM]
     if told: there["preset"] += ("; " not in there["preset"] and "; " or ", ") + ", ".join(told)
@@ -146,7 +158,7 @@ def changed(
     except BadInput: raise
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"a recipe cannot be set so: {e}") from None
 
-_EXAM, _FIXED, _AUGMENT = ("shots", "methods", "tasks", "exam", "paper"), ("data", "preset", "seed", "backbone", "head_label"), ("pad", "flip", "jitter", "zoom") # what is asked, not how it is trained; what is set elsewhere; what `augment` takes
+_EXAM, _FIXED = ("shots", "methods", "tasks", "exam", "paper"), ("data", "preset", "seed", "backbone", "head_label") # what is asked, not how it is trained; what is set elsewhere
 
 # %% ../nbs/17_recipes.ipynb #1f83dee6
 def equal_time(

@@ -31,7 +31,7 @@ class Extras:
     distill:float=0.5 # from the second on: how much of the loss is agreement with the teacher
     temperature:float=4. # by which teacher's and pupil's logits are divided for that
     def __post_init__(self):
-        for name, ok, wants in (("turns", 0 <= self.turns <= 1, "between 0 and 1"), ("mixup", self.mixup >= 0, "0 or more"), ("block", self.block >= 0, "0 or more"),
+        for name, ok, wants in (("turns", 0 <= self.turns <= 1, "between 0 and 1"), ("mixup", self.mixup == 0 or .01 <= self.mixup <= 100, "0, or between 0.01 and 100"), ("block", self.block >= 0, "0 or more"),
             ("generations", self.generations >= 1, "at least 1"), ("distill", 0 <= self.distill <= 1, "between 0 and 1"), ("temperature", self.temperature > 0, "above 0")):
             if not ok: raise BadInput(f"phase 1: {name} must be {wants}, got {getattr(self, name)}")
 
@@ -140,6 +140,7 @@ def objective(
     def hard(out, y, r, cfg): # [B,n_classes(+4)] outputs against classes and turns
         loss = F.cross_entropy(out[:, :n_classes], y, label_smoothing=cfg.smoothing)
         return loss if r is None else loss + F.cross_entropy(out[:, n_classes:], r)
+    parts = lambda out: (out[:, :n_classes], out[:, n_classes:]) # classes and turns
     def loss_of(forward, x, y, cfg, g):
         r, lam = None, 1.
         if extras.turns: x, r = turned(x, extras.turns, g)
@@ -149,7 +150,7 @@ def objective(
         if lam < 1: loss = lam*loss + (1 - lam)*hard(out, y[other], None if r is None else r[other], cfg)
         if teacher is not None:
             with torch.no_grad(), autocast(x.device): said = teacher(x.contiguous(memory_format=torch.channels_last)).float()
-            far = sum(agreement(a, b, extras.temperature) for a, b in zip(out.split(n_classes, 1), said.split(n_classes, 1)))
+            far = sum(agreement(a, b, extras.temperature) for a, b in zip(parts(out), parts(said)) if a.shape[1])
             loss = (1 - extras.distill)*loss + extras.distill*far
         return loss, out[:, :n_classes]
     return loss_of

@@ -60,8 +60,8 @@ NEXT = dict(GOOD, name="next")
     (dict(NEXT, set={"phase1.epochs": "many"}), "epochs is 'many'"),
     (dict(NEXT, set={"phase1.augment.zom": .5}), "a recipe has no 'phase1.augment.zom'"),
     (dict(NEXT, set={"extras.turns": 2.}), "turns must be between 0 and 1"),
-    (dict(NEXT, set={"seed": 3}), "'seed' is no matter for 'set'"),
-    (dict(NEXT, set={"exam": "train"}), "the exam is on test or val"),
+    (dict(NEXT, set={"seed": 3}), "'seed' is not to be set this way"),
+    (dict(NEXT, set={"exam": "train"}), "--exam is test or val"),
     (dict(NEXT, set=[1]), "'set' cannot be [1]"),
     (dict(NEXT, shots=[]), "'shots' must be different whole numbers"),
     (dict(NEXT, shots=[1, 1]), "'shots' must be different whole numbers"),
@@ -261,7 +261,7 @@ def test_command(banks, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "load_data", lambda *_: banks)
     plan = write(tmp_path/"plan.json", plain(name="one"), plain(name="bad", shots=[9]))
     assert mtl_campaign(plan=str(plan), out="out", minutes=0, device="cpu") == 0
-    assert "Time is up: the same command goes on" in capsys.readouterr().out
+    assert "Nothing was run: give it --minutes" in capsys.readouterr().out
     assert mtl_campaign(plan=str(plan), out="out", device="cpu", publish="one") == 2
     said = capsys.readouterr()
     assert "1 of 2 jobs failed: bad" in said.err and "one: done" in said.out and "weights: 4 files in data/weights/one" in said.out
