@@ -81,13 +81,6 @@ def published(self:Row) -> str: # under which its results are recorded
     "Its label, or the name it has elsewhere in this project."
     return ALIASES.get(self.label, self.label)
 
-@patch
-def stem(self:Row,
-    k_shot:int, # K
-) -> str: # of the file that holds what it trained, without the suffix
-    "`ft-theta4-ht-1shot`"
-    return f"{slug(self.label)}-{k_shot}shot"
-
 def slug(
     label:str, # of a row
 ) -> str: # plain letters, for file names and the shell

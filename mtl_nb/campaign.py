@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 
-from .benchmarks import load_data
+from .benchmarks import SETS, load_data
 from .checkpoints import load, read_json, save, sha256, write_whole
 from .contenders import find_method, rows_of
 from .data import BadInput
@@ -44,7 +44,6 @@ class Job:
 
 # %% ../nbs/19_campaign.ipynb #e14f238d
 _KINDS = dict(name=str, data=str, preset=str, seed=int, seeds=list, shots=list, methods=(str, list), set=dict, like=str, backbone=str, equal_to=str, minutes=(int, float), why=str)
-_SETS = ("glyphs", "glyphs-far", "fc100", "cifar-fs", "miniimagenet", "omniglot")
 
 def _complete(entry, seen): # an entry of a plan with what it takes from another, every key known and every value of its kind
     for k, v in entry.items():
@@ -74,8 +73,7 @@ def _recipe(entry, name, seed): # the recipe that an entry asks for
     if "preset" not in entry: raise BadInput("it needs a 'preset'")
     given, changes = {k: f(entry[k]) for k, f in (("shots", tuple), ("methods", _methods)) if k in entry}, entry.get("set", {})
     if own := {"shots", "methods"} & changes.keys(): raise BadInput(f"'{min(own)}' is no matter for 'set'")
-    recipe = changed(preset(entry["preset"], name, seed=seed, **given), changes)
-    return recipe
+    return changed(preset(entry["preset"], name, seed=seed, **given), changes)
 
 def _job(entry, seed, suffix, earlier): # the job of an entry for one of its seeds
     more = dict(minutes=entry.get("minutes"), why=entry.get("why", ""))
@@ -89,8 +87,8 @@ def _job(entry, seed, suffix, earlier): # the job of an entry for one of its see
         if to.backbone or "MTL" not in to.recipe.methods: raise BadInput(f"'{to.name}' does not train a backbone and then MTL: nothing to be equal to")
         return Job(entry["name"] + suffix, to.data, replace(to.recipe, methods=(), head_label="head only, equal time"), equal_to=to.name, **more)
     data = entry.get("data", "")
-    if data not in _SETS and not (data and Path(data).expanduser().is_dir()): raise BadInput(f"no data set and no folder '{data}': choose one of {', '.join(_SETS)}, or give a folder that holds train/ and val/")
-    recipe = _recipe(entry, data if data in _SETS else Path(data).expanduser().resolve().name, seed)
+    if data not in SETS and not (data and Path(data).expanduser().is_dir()): raise BadInput(f"no data set and no folder '{data}': choose one of {', '.join(SETS)}, or give a folder that holds train/ and val/")
+    recipe = _recipe(entry, data if data in SETS else Path(data).expanduser().resolve().name, seed)
     if "backbone" not in entry: return Job(entry["name"] + suffix, data, recipe, **more)
     to, said = other("backbone"), {k.split(".")[0] for k in entry.get("set", {})}
     if odd := [k for k in _PHASE1 if k in said and getattr(recipe, k) != getattr(to.recipe, k)]: raise BadInput(f"its backbone is that of '{to.name}', which has other {', '.join(odd)}: leave that out")
@@ -163,6 +161,7 @@ def campaign(
     book, gpu = team.tell(lambda: _begin(jobs, out)), machine.device.type == "cuda"
     while name := team.tell(lambda: _next(jobs, book, out, left(), whole)):
         job, mine, began = named[name], book[name], time.time()
+        spend = lambda: mine.update(minutes=round(mine["minutes"] + (time.time() - began)/60, 3))
         print(f"\n== {name}{f', about {job.minutes:g} min' if job.minutes else ''}: {job.why or job.recipe.preset}", flush=True)
         if gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(machine.device)
         try:
@@ -172,11 +171,11 @@ def campaign(
             run(recipe, banks[key], out/name, machine, True, job.needs(out) if job.backbone else None)
         except TimeUp: pass
         except KeyboardInterrupt:
-            mine.update(minutes=round(mine["minutes"] + (time.time() - began)/60, 3), state="begun"); _write(book, out, machine)
+            spend(); mine.update(state="begun"); _write(book, out, machine)
             raise
         except wrong as e: mine.update(state="failed", why=str(e).strip().split("\n")[0])
         if mine["state"] != "failed": mine.update(team.tell(lambda: _found(job, out)))
-        mine["minutes"] = round(mine["minutes"] + (time.time() - began)/60, 3)
+        spend()
         if gpu: mine["peak_gib"] = round(max(mine["peak_gib"] or 0, torch.cuda.max_memory_allocated(machine.device)/2**30), 2)
         team.tell(lambda: _write(book, out, machine))
     return team.tell(lambda: _write(book, out, machine))

@@ -17,7 +17,7 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from .base_learner import BaseLearner
-from .benchmarks import load_data
+from .benchmarks import SETS, load_data
 from .checkpoints import load, read_json, write_whole
 from .contenders import Contender, find_method, load_method, rows_of, set_inner
 from .data import BadInput
@@ -67,11 +67,9 @@ _OPTIONS = ("way", "shots", "query", "tasks", "exam", "size", "seed", "methods",
 # %% ../nbs/21_cli.ipynb #1388c633
 def _named(data, root):
     "The set's name as recipes know it; where `--root` means nothing it is refused."
-    name = data.lower() if data.lower() in _NAMES else Path(data).resolve().name
-    if root and name not in _NAMES[2:]: raise BadInput(f"--root is for {', '.join(_NAMES[2:])}; for a folder of your own use --data {root}")
+    name = data.lower() if data.lower() in SETS else Path(data).resolve().name
+    if root and name not in SETS[2:]: raise BadInput(f"--root is for {', '.join(SETS[2:])}; for a folder of your own use --data {root}")
     return name
-
-_NAMES = ("glyphs", "glyphs-far", "fc100", "cifar-fs", "miniimagenet", "omniglot")
 
 def _left_out(
     skipped:list[str], # files that could not be read
@@ -108,21 +106,19 @@ def mtl_run(
     "Pre-train, meta-train by one method or several, and examine on classes never seen."
     def command():
         name = _named(data, root)
-        given = {k: v for k, v in dict(tasks=tasks, size=size).items() if v is not None}
+        given, asked = {k: v for k, v in dict(tasks=tasks, size=size, exam=exam).items() if v is not None}, settings(set)
         recipe, dev = make_recipe(preset, name, methods=rows_of(methods), way=way, shots=numbers(shots, "--shots"), query=query, seed=seed, **given), device_of(device)
-        recipe = changed(recipe, settings(set))
+        recipe = changed(recipe, asked)
         odd = [o for o, v, usual in (("preset", preset, "quick"), ("methods", methods, "mtl,mtl-ht"), ("way", way, 5), ("shots", shots, "1,5"), ("query", query, 15), ("tasks", tasks, None),
             ("exam", exam, None), ("size", size, None), ("backbone", backbone, None), ("seed", seed, 0), ("set", set, "")) if v != usual]
         if equal_time and odd: raise BadInput(f"--equal-time takes the whole recipe from the record: leave out --{', --'.join(odd)}")
         if equal_time: record = read_json(equal_time); recipe = longer_phase_one(record)
         if recipe.data != name: raise BadInput(f"--equal-time: that run is on '{recipe.data}', --data is '{name}'")
-        if exam not in (None, "test", "val"): raise BadInput(f"--exam is test or val, got '{exam}'")
-        if backbone and (own := [k for k in settings(set) if k.split(".")[0] in ("phase1", "extras", "widths", "drop")]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
+        if backbone and (own := [k for k in asked if k.split(".")[0] in ("phase1", "extras", "widths", "drop")]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
         if backbone and not Path(backbone).is_file(): raise BadInput(f"--backbone: no such file: {backbone}")
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
-        if shares is not None and shares < 1: raise BadInput(f"--shares must be at least 1, got {shares}")
         machine = Machine(dev, join(dev), at_once, compile)
-        recipe = replace(recipe, phase1=replace(recipe.phase1, shares=shares or max(recipe.phase1.shares, machine.team.size)))
+        recipe = replace(recipe, phase1=replace(recipe.phase1, shares=max(recipe.phase1.shares, machine.team.size) if shares is None else shares))
         if recipe.phase1.shares % machine.team.size: raise BadInput(f"{recipe.phase1.shares} shares cannot be dealt to {machine.team.size} processes: take a multiple")
         banks = machine.team.in_turn(lambda: load_data(data, root, recipe.size, download, skip_bad))
         if equal_time and {k: b.digest for k, b in banks.items()} != record.get("data", {}).get("digest"): raise BadInput("--equal-time: that run was on other pictures than these")

@@ -22,7 +22,7 @@ from .ablations import ALIASES
 from .checkpoints import read_json
 from .data import BadInput
 from .evaluation import mean_ci, paired_diff
-from .recipes import from_record
+from .recipes import ASKED, from_record
 
 # %% ../nbs/19_compare.ipynb #d88ae278
 def answers(
@@ -134,7 +134,7 @@ def _decides(run):
     "What of a recipe has to agree between the runs of one table."
     r = asdict(run["recipe"])
     r |= {f"{p}.{k}": v for p in ("phase1", "phase2") for k, v in r.pop(p).items() if k != "seed" and (p, k, run["recipe"].head_label) != ("phase1", "epochs", EQUAL)}
-    return {k: v for k, v in r.items() if k not in ("seed", "methods", "head_label", "shots", "tasks", "exam", "paper", "backbone")}
+    return {k: v for k, v in r.items() if k not in (*ASKED, "seed", "head_label", "backbone")}
 
 def of_one_recipe(
     runs:list[dict], # from `read_results`
@@ -173,8 +173,8 @@ def by_seed(
 def places(
     runs:list[dict], # from `read_results`
 ) -> list[tuple[str,str,str]]: # set, preset and split
-    "Where there are rows at all, of presets as they are; those with changes have [a page of their own](19_search.ipynb)."
-    return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"] if "; " not in r["recipe"].preset))
+    "Where there are rows at all, of presets as they are; those with changes have [a page of their own](19_one_change.ipynb)."
+    return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"] if not r["recipe"].changes))
 
 # %% ../nbs/19_compare.ipynb #2aff6a28
 def accuracy_at(

@@ -22,9 +22,8 @@ from .base_learner import BaseLearner
 from .checkpoints import load
 from .data import BadInput, ImageBank
 from .devices import ALONE, Team
-from .episodes import Tasks, TaskShape
+from .episodes import TaskShape
 from .evaluation import RATES, STEPS, Exam, exam_path, features, make_exam
-from .hard_tasks import HardTasks
 from .meta_test import Protocol, Result, backbone_of, read_backbone
 from .meta_train import MTL, MetaTrainConfig, meta_train
 from .other_methods import METHODS, answers
@@ -93,6 +92,7 @@ class Contender:
     hard:bool=False # are there hard tasks among its tasks?
     lr:float=Row.lr # γ for the backbone, where that of the scales is 1e-3
     loop:Callable=meta_train # the outer loop
+    source = Row.source # where its tasks come from: a matter of `hard` alone
     def stem(self,
         k_shot:int, # K
     ) -> str: # of the file that holds what it trained, without the suffix
@@ -114,17 +114,6 @@ def start(self:Contender,
 ) -> MTL: # in evaluation mode; what the outer loop moves asks for a gradient
     "The method at its start."
     return self.make(net, base, centre, size, classes, seed).eval()
-
-@patch
-def source(self:Contender,
-    by_class:list[Tensor], # the image indices of each base class
-    shape:TaskShape, # N, K and Q
-    batch:int=4, # E, tasks a step
-    seed:int=0, # of its generator
-    hard_count:int=10, # hard tasks after every 20 random ones, if it has any
-) -> Tasks:
-    "Where its tasks come from: `HardTasks` where its label says HT."
-    return HardTasks(by_class, shape, batch, seed, 20, hard_count) if self.hard else Tasks(by_class, shape, batch, seed)
 
 # %% ../nbs/18_contenders.ipynb #5ad95626
 def _share(right, exam): return right.double().mean(-1)/(exam.shape.n_way*exam.shape.n_query) # of right answers

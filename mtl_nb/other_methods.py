@@ -23,7 +23,7 @@ from .checkpoints import TrainState
 from .data import BadInput, ImageBank, augment
 from .devices import ALONE, Team, autocast
 from .episodes import Tasks, TaskShape
-from .evaluation import Exam
+from .evaluation import Exam, support_sets
 from .meta_train import MTL, MetaTrainConfig, meta_train
 from .resnet12 import ResNet12
 
@@ -70,12 +70,9 @@ def answers(
     team:Team=ALONE, # the processes that share the tasks
 ) -> Tensor: # int64 [T] right answers in each task, of N·Q
     "Sit an exam on cached features, with any base."
-    k, n, out = exam.shape.k_shot, exam.shape.n_way, []
-    ys, yq = exam.shape.labels(k).to(feats.device), exam.shape.labels(exam.shape.n_query).to(feats.device)
+    k, yq, out = exam.shape.k_shot, exam.shape.labels(exam.shape.n_query).to(feats.device), []
     for idx in exam.idx[team.share(len(exam))].to(feats.device).split(chunk):
-        support, labels = feats[idx[:, :, :k].flatten(1)], ys.expand(len(idx), n*k)
-        for more in () if extra is None else extra.view(-1, *feats.shape): support, labels = torch.cat([support, more[idx[:, :, :k].flatten(1)]], 1), torch.cat([labels, ys.expand(len(idx), n*k)], 1)
-        out.append((base(support, labels, feats[idx[:, :, k:].flatten(1)]).argmax(-1) == yq).sum(1))
+        out.append((base(*support_sets(feats, idx[:, :, :k], extra), feats[idx[:, :, k:].flatten(1)]).argmax(-1) == yq).sum(1))
     return team.cat(torch.cat([yq.new_zeros(0), *out]), len(exam)).cpu()
 
 # %% ../nbs/17_other_methods.ipynb #49d49fbc

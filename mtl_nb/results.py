@@ -18,7 +18,7 @@ from .ablations import ALIASES, ROWS
 from .checkpoints import write_whole
 from .compare import EQUAL, Cell, Table, accuracy_at, by_seed, gain, of_one_recipe, places, read_results, rows_at, same_exam
 from .data import BadInput
-from .search import additions
+from .one_change import additions
 
 # %% ../nbs/19_results.ipynb #e5ad6366
 SHOTS = (1, 5, 10)
@@ -218,7 +218,7 @@ def report(
         held = dict.fromkeys(["standard"] + [x["protocol"] for r in runs for x in r["rows"] if (r["recipe"].data, r["recipe"].preset, x["split"]) == p])
         parts += [f"## {', '.join(p)}", *(_shown(table1, runs, *p, o) for o in held), _shown(differences, runs, PAIRS, [p])]
     pairs = dict.fromkeys(p[:2] for p in places(runs))
-    tried = dict.fromkeys((r["recipe"].data, r["recipe"].preset.partition("; ")[0]) for r in runs if "; " in r["recipe"].preset)
+    tried = dict.fromkeys((r["recipe"].data, r["recipe"].origin) for r in runs if r["recipe"].changes)
     changes = ["## One change at a time", *(_shown(additions, runs, *p) for p in tried)]*bool(tried)
     parts += ["## Beside the others", *(_shown(beside, runs, data) for data in PAPER), *changes, "## Deviations", _shown(deviations, runs), "## Figure 4", *(_figure(runs, *p, figures) for p in pairs)]
     wanting = [f"{data} {preset}" for data in PAPER for preset in ("small", "paper") if (data, preset) not in pairs]

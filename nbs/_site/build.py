@@ -116,6 +116,7 @@ def code(cell, opts, source, names):
 
 def contents(paths):
     "The table of contents, in the order of the book."
+    if taken := {"index", "search", "genindex", "py-modindex"} & {page(p) for p in paths}: raise SystemExit(f"the site has a page of its own called {min(taken)}: rename the notebook")
     number = lambda p: int(re.match(r"\d+", p.stem)[0])
     groups = {"The story": [p for p in paths if number(p) in story], "The workshop": [p for p in paths if number(p) not in story and number(p) < 90],
               "Under the hood": [p for p in paths if number(p) >= 90]}
