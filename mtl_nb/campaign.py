@@ -283,7 +283,7 @@ def mtl_campaign(
         if odd := wanted - {o.name for o in jobs}: raise BadInput(f"--publish: this plan has no job '{min(odd)}'")
         try: dev = pick_device(device)
         except ValueError as e: raise BadInput(f"--device: {e}") from None
-        machine = Machine(dev, join(dev), at_once, compile, inf if minutes is None else began + 60*minutes)
+        machine = Machine(dev, join(dev), at_once, compile, inf if minutes is None else began + 60*minutes, rest=15.)
         record = campaign(jobs, lambda data, size: load_data(data, root, size, download), Path(out), machine)
         machine.team.tell(lambda: _publish_all(wanted, record, Path(out)))
         print(f"\n{overview(record)}\nEverything is in {out}")

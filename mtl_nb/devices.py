@@ -167,6 +167,7 @@ class Machine:
     at_once:int=0 # phase 2: tasks that go through the network together; 0: one on a CPU, whose cache is small, all of a step elsewhere
     compiled:bool=False # let `torch.compile` fuse the network's operations
     until:float=inf # the moment, as `time.time()` counts, from which `mind` stops the work
+    rest:float=0. # seconds between two states that are kept on the way, where keeping one takes as long as an epoch; 0: each that could be
     def compile(self,
         model:torch.nn.Module, # in training, images of one shape
     ) -> Callable|None: # what to call in its place; None: the model itself
@@ -175,6 +176,11 @@ class Machine:
     def mind(self) -> None: # raises `TimeUp`, in all processes at once, when the moment has passed
         "Look at the clock: called where everything worth keeping has just been kept."
         if self.until < inf and self.team.tell(lambda: time.time() >= self.until): raise TimeUp("time is up")
+    def due(self,
+        since:float, # when a state was last kept, as `time.time()` counts
+    ) -> bool: # the same in all processes
+        "Is it time to keep one again?"
+        return self.rest == 0 or self.team.tell(lambda: time.time() >= min(since + self.rest, self.until))
     def __str__(self): # for the record of a run
         d = self.device
         one = torch.cuda.get_device_name(d) if d.type == "cuda" else f"{d.type}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}"

@@ -11,20 +11,30 @@ __all__ = ['additions']
 from .compare import Cell, Table, accuracy_at, gain, rows_at
 
 # %% ../nbs/19_one_change.ipynb #ee0a1a22
-def _phase1_minutes(runs): return f"{sum(r['seconds']['pretrain'] for r in runs)/len(runs)/60:.0f}" if runs else ""
+def _minutes(runs, method):
+    "What it cost on average: phase 1 for head only, phase 2 of one shot for what is meta-trained."
+    own = [r["seconds"]["pretrain"] for r in runs if not r["recipe"].backbone] if method == "head only" else [x["seconds"] for r in runs for x in r["rows"] if x["method"] == method and x.get("seconds")]
+    return f"{sum(own)/len(own)/60:.0f}" if own else "–"
 
 def additions(
     runs:list[dict], # from `read_results`
     data:str, # name of the set
     name:str="small", # of the preset that was changed
     shots:tuple[int,...]=(1, 5), # K
+    method:str="head only", # a row's label, as published: whose accuracy
 ) -> Table: # raises `BadInput` when exams or recipes do not go together
-    "Every recorded change to a preset, alone: head only on val, and the paired difference to the preset as it is."
-    base, body = [x | dict(method="as it is") for x in rows_at(runs, data, name, "val") if x["method"] == "head only"], []
-    mine = lambda p: [r for r in runs if (r["recipe"].data, r["recipe"].preset) == (data, p) and any(x["split"] == "val" and x["method"] == "head only" for x in r["rows"])]
+    "Every recorded change to a preset, alone: a method on val, the paired difference to the preset as it is, and to its own head only."
+    plain = method == "head only"
+    base, body = rows_at(runs, data, name, "val"), []
+    over = lambda rows: [] if plain else [gain(rows, method, "head only", k) for k in shots]
+    mine = lambda p: [r for r in runs if (r["recipe"].data, r["recipe"].preset) == (data, p) and any((x["split"], x["method"]) == ("val", method) for x in r["rows"])]
+    as_it_is = [x | dict(method="as it is") for x in base if x["method"] == method]
     for p, told in {r["recipe"].preset: r["recipe"].changes for r in runs if (r["recipe"].data, r["recipe"].origin) == (data, name) and r["recipe"].changes}.items():
         rows = rows_at(runs, data, p, "val")
-        body.append((told, *(o for k in shots for o in (accuracy_at(rows, "head only", k), gain(rows + base, "head only", "as it is", k))), _phase1_minutes(mine(p))))
-    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(base, "as it is", k), "")), _phase1_minutes([r for r in mine(name) if not r["recipe"].backbone] or mine(name)))
-    return Table(f"{data}: one change to {name} at a time, head only on val", ("what was changed", *(o for k in shots for o in (f"{k}-shot, %", f"{k}-shot, gain in points")), "phase 1, min"), [level, *body],
-        ("the gains are paired, on the same tasks; ± is the 95 % interval", "minutes by the clock, on one thread of a machine busy with other work"))
+        levels, gains = ([f(k) for k in shots] for f in (lambda k: accuracy_at(rows, method, k), lambda k: gain(rows + as_it_is, method, "as it is", k)))
+        seen, felt = any(c.files for c in levels), not plain or any(c.verdict != "the very same answers" for c in gains if c.files) or not any(c.files for c in gains)
+        if seen and felt: body.append((told, *(o for pair in zip(levels, gains) for o in pair), *over(rows), _minutes(mine(p), method)))
+    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(as_it_is, "as it is", k), "")), *over(base), _minutes(mine(name), method))
+    columns = ("what was changed", *(o for k in shots for o in (f"{k}-shot, %", f"{k}-shot, gain in points")), *(f"{k}-shot, over head only" for k in shots if not plain), f"phase {1 if plain else 2}, min")
+    return Table(f"{data}: one change to {name} at a time, {method} on val", columns, [level, *body],
+        ("the gains are paired, on the same tasks; ± is the 95 % interval", "minutes by the clock, on one thread of a machine busy with other work") + ("a change that leaves every answer of head only as it is, such as one to phase 2, is not listed; nor is one without an exam on val",)*plain)

@@ -116,7 +116,7 @@ def _typed(made, given):
     "The dataclass from these fields, each of the type of its default."
     for k, v in given.items():
         d = getattr(made, k, None)
-        kind = (int, float) if isinstance(d, float) else int if k == "size" else type(d)
+        kind = (int, float) if isinstance(d, float) else {"size": int, "augment": dict}.get(k, type(d))
         if not (k in ("size", "inner", "augment") and v is None or d is None and k == "inner" or isinstance(v, kind)): raise TypeError(f"{k} is {v!r}")
         if k in ("shots", "widths") and not (v and all(isinstance(o, int) for o in v)): raise TypeError(f"{k} is {v!r}")
     return replace(made, **given)
@@ -152,20 +152,21 @@ def changed(
 ) -> Recipe: # its `preset` tells the changes, but for those of the exam alone; raises `BadInput` for an unknown name or a value of another kind
     "The recipe with some fields set otherwise."
     there = json.loads(json.dumps(asdict(recipe)))
-    for name, value in changes.items():
+    for name, value in sorted(changes.items()): # in one order, so that the name is one
         *way, last = name.split(".")
         if isinstance(value, dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
         if last in _FIXED: raise BadInput(f"'{name}' is not to be set this way: it comes from the command or the plan itself")
         try:
             part = there
-            for o in way: part = part[o]
-            if part is None: raise BadInput(f"'{name}' cannot be set: {'.'.join(way)} is null")
-            if last not in (_AUGMENT if way == ["phase1", "augment"] else part): raise KeyError(last)
+            for o in way: # no augmentation yet: the field that is named begins one
+                if o == "augment" and part[o] is None: part[o] = {}
+                part = part[o]
+            if last not in (_AUGMENT if way in (["phase1", "augment"], ["phase2", "augment"]) else part): raise KeyError(last)
         except (KeyError, TypeError):
             near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
             raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
         part[last] = value
-    told = [f"{k}={json.dumps(v)}" for k, v in changes.items() if k not in ASKED]
+    told = [f"{k}={json.dumps(v)}" for k, v in sorted(changes.items()) if k not in ASKED]
     if told: there["preset"] += (", " if recipe.changes else "; ") + ", ".join(told)
     try: return _built(there)
     except BadInput: raise

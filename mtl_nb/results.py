@@ -172,12 +172,21 @@ DEVIATIONS = [
     ("first-order outer gradient (PyTorch)", "second order, as their TensorFlow code", ("MTL", "SS [Θ;θ], first order")),
     ("queries = shots, 600 tasks, mirrored support, 100 steps", "15 queries, up to 10,000 tasks, steps chosen on val", "protocols"),
     ("a ResNet-25 (PyTorch); biases, no scale in norms (TensorFlow)", "today's ResNet-12 for everything", "not yet measured"),
-    ("features as they come", "centred and of one length (but for preset paper)", "not yet measured"),
+    ("features as they come", "centred and of one length (but for preset paper)", "centred=false"),
     ("steps and checkpoint apparently picked on test", "picked on val; the test is sat once", "not to be measured: it would mean picking on test"),
     ("images of 32 pixels crash", "any size from 16 on", "nothing to measure"),
     ("evaluation keeps every graph in memory", "memory does not grow with tasks", "nothing to measure"),
     ("no seed holds, no resume", "same recipe, same answers, stopped or not", "nothing to measure"),
 ]
+
+def _undone(runs, change):
+    "Lines for a deviation that was taken back in runs of a changed preset: the preset as it is minus that."
+    out = []
+    for data, preset in dict.fromkeys((r["recipe"].data, r["recipe"].origin) for r in runs if r["recipe"].changes == change):
+        here, there = rows_at(runs, data, preset, "val"), rows_at(runs, data, f"{preset}; {change}", "val")
+        for m in dict.fromkeys(x["method"] for x in there):
+            out.append((f"{m} − {m} with {change}", f"{data}, {preset}, val", *(gain(here + [x | dict(method="there") for x in there if x["method"] == m], m, "there", k) for k in SHOTS)))
+    return out
 
 def deviations(
     runs:list[dict], # from `read_results`
@@ -187,12 +196,13 @@ def deviations(
     for theirs, here, how in DEVIATIONS:
         if how == "protocols": # other tasks: shown one above the other, never subtracted
             lines = [(f"MTL, {o} protocol", ", ".join(p), *(accuracy_at(rows_at(runs, *p, o), "MTL", k) for k in SHOTS)) for p in places(runs) if rows_at(runs, *p, "paper") for o in ("standard", "paper")]
+        elif "=" in how: lines = _undone(runs, how)
         else: lines = differences(runs, [how]).rows if isinstance(how, tuple) else [(how, "", *("",)*3)]
         lines = [r if r[1] or not isinstance(how, tuple) else (r[0], "", *("not yet measured",)*3) for r in lines] or [("not yet measured", "", *("",)*3)]
         body += [(theirs, here, *r) for r in lines]
     return Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body, ("the two protocols have different tasks: their rows are levels in %, and are not subtracted",))
 
-# %% ../nbs/19_results.ipynb #a1366cc7
+# %% ../nbs/19_results.ipynb #6b11d7b1
 def _shown(table, *args):
     try: return repr(table(*args))
     except BadInput as e: return f"Not shown: {e}"
