@@ -179,6 +179,7 @@ DEVIATIONS = [
     ("no seed holds, no resume", "same recipe, same answers, stopped or not", "nothing to measure"),
 ]
 
+# %% ../nbs/19_results.ipynb #a81fe01e
 def _undone(runs, change):
     "Lines for a deviation that was taken back in runs of a changed preset: the preset as it is minus that."
     out = []
@@ -202,7 +203,7 @@ def deviations(
         body += [(theirs, here, *r) for r in lines]
     return Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body, ("the two protocols have different tasks: their rows are levels in %, and are not subtracted",))
 
-# %% ../nbs/19_results.ipynb #6b11d7b1
+# %% ../nbs/19_results.ipynb #d20b2962
 def _shown(table, *args):
     try: return repr(table(*args))
     except BadInput as e: return f"Not shown: {e}"
