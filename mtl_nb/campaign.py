@@ -281,9 +281,9 @@ def mtl_campaign(
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
         jobs, wanted = read_plan(Path(plan)), {o.strip() for o in publish.split(",") if o.strip()}
         if odd := wanted - {o.name for o in jobs}: raise BadInput(f"--publish: this plan has no job '{min(odd)}'")
-        try: dev = pick_device(device)
+        try: team = join(dev := pick_device(device))
         except ValueError as e: raise BadInput(f"--device: {e}") from None
-        machine = Machine(dev, join(dev), at_once, compile, inf if minutes is None else began + 60*minutes, rest=15.)
+        machine = Machine(dev, team, at_once, compile, inf if minutes is None else began + 60*minutes, rest=15.)
         record = campaign(jobs, lambda data, size: load_data(data, root, size, download), Path(out), machine)
         machine.team.tell(lambda: _publish_all(wanted, record, Path(out)))
         print(f"\n{overview(record)}\nEverything is in {out}")

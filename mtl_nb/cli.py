@@ -117,7 +117,8 @@ def mtl_run(
         if backbone and (own := [k for k in asked if k.split(".")[0] in ("phase1", "extras", "widths", "drop")]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
         if backbone and not Path(backbone).is_file(): raise BadInput(f"--backbone: no such file: {backbone}")
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
-        machine = Machine(dev, join(dev), at_once, compile, rest=15.)
+        try: machine = Machine(dev, join(dev), at_once, compile, rest=15.)
+        except ValueError as e: raise BadInput(str(e)) from None
         recipe = replace(recipe, phase1=replace(recipe.phase1, shares=max(recipe.phase1.shares, machine.team.size) if shares is None else shares))
         if recipe.phase1.shares % machine.team.size: raise BadInput(f"{recipe.phase1.shares} shares cannot be dealt to {machine.team.size} processes: take a multiple")
         banks = machine.team.in_turn(lambda: load_data(data, root, recipe.size, download, skip_bad))

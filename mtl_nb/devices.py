@@ -31,6 +31,8 @@ def pick_device(
     here = [torch.device("cuda", i) for i in range(n)]
     if torch.backends.mps.is_available(): here.append(torch.device("mps", 0))
     here.append(torch.device("cpu"))
+    if name in ("auto", "cuda") and 0 < n < (beside := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        raise ValueError(f"{beside} processes on a machine with {n} GPU{'s'*(n > 1)}: start no more than that, or compute on the cpu")
     if name in ("auto", "cuda") and n > 1 and local: name = f"cuda:{local}"
     if name == "auto": return here[0]
     try: asked = torch.device(name)
@@ -112,9 +114,11 @@ def tell(self:Team,
 def join(
     device:torch.device, # where this process computes
     hours:float=2., # after which a process that hears nothing gives up
-) -> Team: # raises `ValueError` when PyTorch was built without the means
+) -> Team: # raises `ValueError` when PyTorch was built without the means, or the processes were not started by it
     "The team that `torchrun` has started; a process on its own is alone."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return ALONE
+    if lost := [o for o in ("RANK", "MASTER_ADDR", "MASTER_PORT") if o not in os.environ]:
+        raise ValueError(f"WORLD_SIZE says {os.environ['WORLD_SIZE']} processes, but {' and '.join(lost)} {'are' if len(lost) > 1 else 'is'} not set: start them with torchrun, or unset WORLD_SIZE")
     if not dist.is_available(): raise ValueError("this PyTorch was built without torch.distributed: run one process")
     if not dist.is_initialized():
         if device.type == "cuda": torch.cuda.set_device(device)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mtl_nb.devices import autocast, pick_device
+from mtl_nb.devices import autocast, join, pick_device
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -30,6 +30,22 @@ def test_refuses_what_is_not(machine, cuda, mps, name):
 def test_refuses_what_it_does_not_know(name):
     with pytest.raises(ValueError, match="unknown device") as e: pick_device(name)
     assert "\n" not in str(e.value)
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_more_processes_than_cards(machine, monkeypatch, name):
+    machine(2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="^3 processes on a machine with 2 GPUs: start no more"): pick_device(name)
+    assert str(pick_device("cpu")) == "cpu"
+    machine(0)
+    assert str(pick_device("auto")) == "cpu"
+
+def test_processes_that_nobody_started(monkeypatch):
+    for o in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(o, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes, but RANK and MASTER_ADDR and MASTER_PORT are not set: start them with torchrun"): join(torch.device("cpu"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join(torch.device("cpu")).size == 1
 
 def test_cards_without_a_working_driver_do_not_count(machine):
     machine(cuda=1, works=False)
