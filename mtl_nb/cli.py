@@ -222,7 +222,7 @@ def mtl_results(
         try: folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise BadInput(f"--out: cannot write to {out}: {e.strerror}") from None
         write_whole(folder/"results.md", report(Path(records), folder).encode())
-        print(f"{folder/'results.md'} and {len(list(folder.glob('figure4-*.png')))} figures")
+        print(f"{folder/'results.md'} and {len(list(folder.glob('figure4-*.png')))} pictures of Figure 4")
     return at_the_door(command, BadInput)
 
 # %% ../nbs/21_cli.ipynb #f75f1e49

@@ -63,6 +63,7 @@ def read_results(
         run = read_json(file)
         if run.get("kind") == "speed": continue
         if run.get("kind") != "run" or not isinstance(run.get("rows"), list): raise BadInput(f"{file} is not the record of a run")
+        if not isinstance(run.get("seconds"), dict) or not isinstance(run["seconds"].get("pretrain"), (int, float)): raise BadInput(f"{file} does not tell the seconds of its phases")
         if run.get("schema") != 1: raise BadInput(f"{file} is written in schema {run.get('schema')}, this version reads 1")
         try: recipe = from_record(run.get("recipe"))
         except BadInput as e: raise BadInput(f"{file}: {e}") from None
@@ -124,8 +125,9 @@ class Cell:
         return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
     def __str__(self):
         if not self.files: return "not yet run"
-        if self.signed: return f"{100*self.mean:+.2f} ±{100*self.ci:.2f}" + f" (of {', '.join(f'{100*m:+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}"
-        return f"{100*self.mean:.2f} ±{100*self.ci:.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
+        mean, ci = (round(100*o, 3) for o in (self.mean, self.ci)) # records hold three digits: the same number reads the same everywhere
+        if self.signed: return f"{mean:+.2f} ±{ci:.2f}" + f" (of {', '.join(f'{100*m:+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}"
+        return f"{mean:.2f} ±{ci:.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
 
 # %% ../nbs/19_compare.ipynb #367310f8
 EQUAL = "head only, equal time"

@@ -23,15 +23,24 @@ from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../nbs/09_devices.ipynb #9f3225e4
+def _number(
+    name:str, # of an environment variable that `torchrun` sets
+    usual:int, # when it is not set
+) -> int: # raises `ValueError`, in words
+    "What `torchrun` says to this process."
+    text = os.environ.get(name, str(usual))
+    if not text.isascii() or not text.isdigit(): raise ValueError(f"the environment variable {name} is '{text}', not a whole number: start several processes with torchrun, or unset it")
+    return int(text)
+
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device: # raises `ValueError`, in words, when it is unknown or not here
     "The device to compute on: the one that is named, or the best that is here; of several processes started by `torchrun`, each takes its own GPU."
-    n, local = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(os.environ.get("LOCAL_RANK", 0))
+    n, local = torch.cuda.device_count() if torch.cuda.is_available() else 0, _number("LOCAL_RANK", 0)
     here = [torch.device("cuda", i) for i in range(n)]
     if torch.backends.mps.is_available(): here.append(torch.device("mps", 0))
     here.append(torch.device("cpu"))
-    if name in ("auto", "cuda") and 0 < n < (beside := int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+    if name in ("auto", "cuda") and 0 < n < (beside := _number("LOCAL_WORLD_SIZE", 1)):
         raise ValueError(f"{beside} processes on a machine with {n} GPU{'s'*(n > 1)}: start no more than that, or compute on the cpu")
     if name in ("auto", "cuda") and n > 1 and local: name = f"cuda:{local}"
     if name == "auto": return here[0]
@@ -114,11 +123,12 @@ def tell(self:Team,
 def join(
     device:torch.device, # where this process computes
     hours:float=2., # after which a process that hears nothing gives up
-) -> Team: # raises `ValueError` when PyTorch was built without the means, or the processes were not started by it
+) -> Team: # raises `ValueError` when PyTorch was built without the means, or the processes were not started as they should be
     "The team that `torchrun` has started; a process on its own is alone."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return ALONE
+    if (size := _number("WORLD_SIZE", 1)) <= 1: return ALONE
     if lost := [o for o in ("RANK", "MASTER_ADDR", "MASTER_PORT") if o not in os.environ]:
-        raise ValueError(f"WORLD_SIZE says {os.environ['WORLD_SIZE']} processes, but {' and '.join(lost)} {'are' if len(lost) > 1 else 'is'} not set: start them with torchrun, or unset WORLD_SIZE")
+        raise ValueError(f"WORLD_SIZE says {size} processes, but {' and '.join(lost)} {'are' if len(lost) > 1 else 'is'} not set: start them with torchrun, or unset WORLD_SIZE")
+    if _number("RANK", 0) >= size: raise ValueError(f"RANK is {os.environ['RANK']}, with {size} processes it can be no more than {size - 1}: start them with torchrun")
     if not dist.is_available(): raise ValueError("this PyTorch was built without torch.distributed: run one process")
     if not dist.is_initialized():
         if device.type == "cuda": torch.cuda.set_device(device)
@@ -148,7 +158,7 @@ def at_the_door(
     go_on:str="", # after a stop: how to go on
 ) -> int: # the exit code: 0, or 2 for what the user can put right, 130 when stopped
     "Do it; say in one line what cannot be done. Of several processes only the first speaks."
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
     say = lambda text: print(f"mtl_nb: {text}", file=sys.stderr) if first else None
     try:
         with ExitStack() as muted:

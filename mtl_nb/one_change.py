@@ -8,22 +8,43 @@ Docs: https://mtl-nb.github.io/mtl_nb/one_change.html.md"""
 __all__ = ['additions']
 
 # %% ../nbs/19_one_change.ipynb #0024479c
-from .compare import Cell, Table, accuracy_at, gain, rows_at
+from .compare import EQUAL, Table, accuracy_at, gain, of_one_recipe, rows_at
+from .data import BadInput
 
 # %% ../nbs/19_one_change.ipynb #ee0a1a22
-def _minutes(runs, method):
+def _minutes(runs, method, shots):
     "What it cost on average: phase 1 for head only, phase 2 of one shot for what is meta-trained."
-    own = [r["seconds"]["pretrain"] for r in runs if not r["recipe"].backbone] if method == "head only" else [x["seconds"] for r in runs for x in r["rows"] if x["method"] == method and x.get("seconds")]
+    own = [r["seconds"]["pretrain"] for r in runs if not r["recipe"].backbone] if method == "head only" else [x["seconds"] for r in runs for x in r["rows"] if x["method"] == method and x["shot"] in shots and x.get("seconds")]
     return f"{sum(own)/len(own)/60:.0f}" if own else "–"
 
+def _said(runs, data, name, shots):
+    "What to know of the preset as it is: its size, and how far seeds alone move it."
+    mine = [r for r in of_one_recipe(runs, data, name) if r["recipe"].head_label != EQUAL]
+    if not mine: return ()
+    recipe, rows, out = mine[0]["recipe"], rows_at(mine, data, name), []
+    levels = {k: accuracy_at(rows, "head only", k) for k in shots}
+    spans = [f"{100*(max(c.each) - min(c.each)):.2f} points at {k}-shot" for k, c in levels.items() if c.seeds > 1]
+    if spans: out.append(f"seeds alone: head only of {name} as it is spans {' and '.join(spans)} over {max(c.seeds for c in levels.values())} seeds (on {rows[0]['split']})")
+    return (f"{name}: widths {', '.join(map(str, recipe.widths))}, {recipe.phase1.epochs} epochs", *out)
+
+# %% ../nbs/19_one_change.ipynb #aee07ec3
+def _at_the_door(runs, data, method, shots):
+    if not runs: return
+    sets, methods = {r["recipe"].data for r in runs}, {x["method"] for r in runs for x in r["rows"]}
+    if data not in sets: raise BadInput(f"no run on '{data}' is recorded: there are {', '.join(sorted(sets))}")
+    if method not in methods: raise BadInput(f"no row '{method}' is recorded: there are {', '.join(sorted(methods))}")
+    if not isinstance(shots, (tuple, list)) or not all(type(k) is int and k > 0 for k in shots): raise BadInput(f"shots must be numbers, each at least 1, such as (1, 5); got {shots}")
+
+# %% ../nbs/19_one_change.ipynb #95b08b88
 def additions(
     runs:list[dict], # from `read_results`
     data:str, # name of the set
     name:str="small", # of the preset that was changed
     shots:tuple[int,...]=(1, 5), # K
     method:str="head only", # a row's label, as published: whose accuracy
-) -> Table: # raises `BadInput` when exams or recipes do not go together
+) -> Table: # raises `BadInput` when exams or recipes do not go together, or nothing of the kind is recorded
     "Every recorded change to a preset, alone: a method on val, the paired difference to the preset as it is, and to its own head only."
+    _at_the_door(runs, data, method, shots)
     plain = method == "head only"
     base, body = rows_at(runs, data, name, "val"), []
     over = lambda rows: [] if plain else [gain(rows, method, "head only", k) for k in shots]
@@ -33,8 +54,8 @@ def additions(
         rows = rows_at(runs, data, p, "val")
         levels, gains = ([f(k) for k in shots] for f in (lambda k: accuracy_at(rows, method, k), lambda k: gain(rows + as_it_is, method, "as it is", k)))
         seen, felt = any(c.files for c in levels), not plain or any(c.verdict != "the very same answers" for c in gains if c.files) or not any(c.files for c in gains)
-        if seen and felt: body.append((told, *(o for pair in zip(levels, gains) for o in pair), *over(rows), _minutes(mine(p), method)))
-    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(as_it_is, "as it is", k), "")), *over(base), _minutes(mine(name), method))
+        if seen and felt: body.append((told, *(o for pair in zip(levels, gains) for o in pair), *over(rows), _minutes(mine(p), method, shots)))
+    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(as_it_is, "as it is", k), "")), *over(base), _minutes([r for r in of_one_recipe(runs, data, name) if r["recipe"].head_label != EQUAL] if plain else mine(name), method, shots))
     columns = ("what was changed", *(o for k in shots for o in (f"{k}-shot, %", f"{k}-shot, gain in points")), *(f"{k}-shot, over head only" for k in shots if not plain), f"phase {1 if plain else 2}, min")
     return Table(f"{data}: one change to {name} at a time, {method} on val", columns, [level, *body],
-        ("the gains are paired, on the same tasks; ± is the 95 % interval", "minutes by the clock, on one thread of a machine busy with other work") + ("a change that leaves every answer of head only as it is, such as one to phase 2, is not listed; nor is one without an exam on val",)*plain)
+        ("the gains are paired, on the same tasks and seeds, so they need not be the differences of levels over other seeds; ± is the 95 % interval over tasks", *_said(runs, data, name, shots), f"minutes by the clock, on {', '.join(sorted({r['device'].replace('1 threads', '1 thread') for r in runs if r['recipe'].data == data and r['recipe'].origin == name})) or 'no machine yet'}") + ("a change that leaves every answer of head only as it is, such as one to phase 2, is not listed; nor is one without an exam on val",)*plain)

@@ -10,6 +10,7 @@ __all__ = ['ASKED', 'Recipe', 'preset', 'from_record', 'changed', 'equal_time']
 # %% ../nbs/17_recipes.ipynb #5abfa838
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from math import ceil, inf
@@ -24,7 +25,7 @@ from .stronger import Extras
 # %% ../nbs/17_recipes.ipynb #365edf2d
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides a result: two equal recipes on the same data give the same numbers on a CPU."
+    "Everything that decides a result: two equal recipes on the same data give the same numbers on one CPU and one version of PyTorch; elsewhere, up to rounding."
     data:str="glyphs" # name of the set
     preset:str="quick" # where the recipe came from
     size:int|None=None # pixels a side; None: as the images are
@@ -107,7 +108,7 @@ def preset(
     elif name == "strong":
         r = Recipe(**common, size=84 if data == "miniimagenet" else 32, tasks=10_000, widths=(64, 128, 256, 512),
             phase1=PretrainConfig(epochs=60, lr=0.1, warmup=0.05, augment=crop(4), seed=seed),
-            phase2=MetaTrainConfig(tasks=4000, batch=4, halve=2000, seed=seed), inner=(0.2, 50), every=200)
+            phase2=MetaTrainConfig(tasks=4000, batch=4, halve=2000, seed=seed), inner=(0.2, 50), every=200, copies=0 if data in _MARKS else 4)
     else: raise BadInput(f"no preset '{name}': choose quick, small, paper or strong")
     return replace(r, **changes)
 
@@ -117,9 +118,11 @@ def _typed(made, given):
     for k, v in given.items():
         d = getattr(made, k, None)
         kind = (int, float) if isinstance(d, float) else {"size": int, "augment": dict}.get(k, type(d))
+        if isinstance(v, bool) and not isinstance(d, bool): raise TypeError(f"{k} is {v!r}")
         if not (k in ("size", "inner", "augment") and v is None or d is None and k == "inner" or isinstance(v, kind)): raise TypeError(f"{k} is {v!r}")
+        if k == "methods" and not all(isinstance(o, str) for o in v): raise TypeError(f"{k} is {v!r}")
         if k in ("shots", "widths") and not (v and all(isinstance(o, int) for o in v)): raise TypeError(f"{k} is {v!r}")
-    return replace(made, **given)
+    return replace(made, **{k: float(v) if isinstance(getattr(made, k), float) else v for k, v in given.items()})
 
 def _built(there):
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
@@ -152,25 +155,34 @@ def changed(
 ) -> Recipe: # its `preset` tells the changes, but for those of the exam alone; raises `BadInput` for an unknown name or a value of another kind
     "The recipe with some fields set otherwise."
     there = json.loads(json.dumps(asdict(recipe)))
-    for name, value in sorted(changes.items()): # in one order, so that the name is one
-        *way, last = name.split(".")
+    for name, value in sorted(changes.items(), key=str): # in one order, so that the name is one
+        *way, last = str(name).split(".")
         if isinstance(value, dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
         if last in _FIXED: raise BadInput(f"'{name}' is not to be set this way: it comes from the command or the plan itself")
         try:
             part = there
             for o in way: # no augmentation yet: the field that is named begins one
-                if o == "augment" and part[o] is None: part[o] = {}
+                if o == "augment" and part[o] is None: part[o] = dict(flip=recipe.data not in _MARKS)
                 part = part[o]
             if last not in (_AUGMENT if way in (["phase1", "augment"], ["phase2", "augment"]) else part): raise KeyError(last)
         except (KeyError, TypeError):
             near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
             raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
+        if isinstance(part.get(last), dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as {name}.{next(iter(part[last]), '')}")
         part[last] = value
-    told = [f"{k}={json.dumps(v)}" for k, v in sorted(changes.items()) if k not in ASKED]
-    if told: there["preset"] += (", " if recipe.changes else "; ") + ", ".join(told)
-    try: return _built(there)
+    try: made = _built(there)
     except BadInput: raise
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"a recipe cannot be set so: {e}") from None
+    return replace(made, preset=_told(made, recipe.changes, changes))
+
+def _told(made, before, changes):
+    "The name of a changed preset: every field that was set, once, in one order."
+    names = {o for o in re.findall(r"(?:^|, )([a-z_0-9.]+)=", before)} | {o for o in changes if o not in ASKED}
+    def at(name): # the value as the recipe holds it
+        out = asdict(made)
+        for o in name.split("."): out = out[o] if out is not None else None
+        return out
+    return "; ".join([made.origin] + [", ".join(f"{o}={json.dumps(at(o))}" for o in sorted(names))]*bool(names))
 
 ASKED = ("shots", "methods", "tasks", "exam", "paper") # fields that ask another question of the same training
 _FIXED = ("data", "preset", "seed", "backbone", "head_label") # fields that are set elsewhere

@@ -22,7 +22,7 @@ from .one_change import additions
 
 # %% ../nbs/19_results.ipynb #e5ad6366
 SHOTS = (1, 5, 10)
-MARKS = "[fig]: read from the authors' tables and plots; [code]: in the authors' repository; [repo]: from that project's own README; [seed]: in the description that this project started from; [mem]: widely cited, not verified; no mark: as quoted elsewhere, not verified"
+MARKS = "[fig]: read from the authors' tables and plots; [repo]: from that project's own README; [brief]: in the description that this project started from; [mem]: widely cited, not verified; no mark: as quoted elsewhere, not verified"
 
 def _quoted(table):
     "Lines `label | mark | miniImageNet | FC100`, accuracies of 1, 5 and 10 shots, to {set: {label: three texts}}."
@@ -34,16 +34,16 @@ def _quoted(table):
 
 PAPER = _quoted("""
 update [Θ;θ] | mem | 45.3 64.6 | 38.4 52.6 58.6
-head only | mem | 50.0[seed] 66.7 | 39.3 51.8 61.0
+head only | mem | 50.0[brief] 66.7 | 39.3 51.8 61.0
 FT θ | mem | 55.9 71.4 | 41.6 54.9 61.1
 FT [Θ4;θ] | mem | 57.2 71.6 | 40.9 54.3 61.3
 FT [Θ;θ] | mem | 58.3 71.6 | 41.6 54.4 61.2
 SS [Θ4;θ] | mem | 59.2 73.1 | 42.4 55.1 61.6
 MTL | fig | 60.2±1.8 74.3±0.9 | 43.6±1.8 55.4±0.9 62.4±0.8
-MTL + HT | fig, seed | 61.2±1.8 75.5±0.8 | 45.1±1.8 57.6±0.9 63.4±0.8
+MTL + HT | fig, brief | 61.2±1.8 75.5±0.8 | 45.1±1.8 57.6±0.9 63.4±0.8
 MAML 4-conv + HT | fig | 49.1 64.1 | 39.9 51.7 57.2
-MAML ResNet-12 + HT | fig, seed | 59.1 73.1 | 41.8 55.1 61.9
-TADAM ResNet-12 | fig, seed | 58.5 76.7 | 40.1 56.1 61.6
+MAML ResNet-12 + HT | fig, brief | 59.1 73.1 | 41.8 55.1 61.9
+TADAM ResNet-12 | fig, brief | 58.5 76.7 | 40.1 56.1 61.6
 """)
 
 # %% ../nbs/19_results.ipynb #5c5fb236
@@ -57,7 +57,7 @@ SKD, first generation | | 67.04 83.54 | 46.5 63.1
 DeepEMD v2 | | 68.77 84.13 | 46.60 63.22
 FRN | | 66.45 82.83 |
 IER, the strongest single ResNet-12 of them on FC100 | | 67.28 84.78 | 47.76 65.30
-EASY, two networks of half the width | | 70.63 86.28 | 47.94 64.14
+EASY, two networks that together weigh one | | 70.63 86.28 | 47.94 64.14
 """)
 
 # %% ../nbs/19_results.ipynb #29cda2da
@@ -69,8 +69,10 @@ def _about(runs, rows, data, preset, split, protocol):
     for m, k in dict.fromkeys((r["method"], r["shot"]) for r in rows):
         twice += [f"{m} {k}-shot, {r['accuracy']:.2f}, in {r['file']}" for same in by_seed(rows, m, k).values() for r in same[1:]]
     few = "".join(f"; {n} for {', '.join(m)}" for n, m in list(tasks.items())[1:])
+    stuck = list(dict.fromkeys(f"{r['method']} {r['shot']}-shot" for r in rows if r.get("trained_tasks") == 0))
     return (f"here: ResNet-12 of widths {', '.join(map(str, recipe.widths))} on images of {recipe.size or 'their own'} pixels; {rows[0]['way']}-way, {rows[0]['query'] if protocol == 'standard' else 'as many as shots'} queries a class; {list(tasks)[0]} tasks{few}",
-        "± is the 95 % interval: of one seed over tasks, of several over seeds",
+        "± is the 95 % interval: of one seed over tasks, of several over seeds. Levels of different numbers of seeds or tasks are not to be subtracted: the paired differences are below",
+        *[f"kept at its start by early stopping, so the answers are those of head only: {', '.join(stuck)}"]*bool(stuck),
         *["on val: its classes also chose the stopping point and the inner loop, on another list of tasks"]*(split == "val"),
         *[f"recorded again with the same seed, not counted: {'; '.join(twice)}"]*bool(twice))
 
@@ -203,7 +205,7 @@ def deviations(
         body += [(theirs, here, *r) for r in lines]
     return Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body, ("the two protocols have different tasks: their rows are levels in %, and are not subtracted",))
 
-# %% ../nbs/19_results.ipynb #d20b2962
+# %% ../nbs/19_results.ipynb #a1366cc7
 def _shown(table, *args):
     try: return repr(table(*args))
     except BadInput as e: return f"Not shown: {e}"

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mtl_nb.devices import autocast, join, pick_device
+from mtl_nb.devices import at_the_door, autocast, join, pick_device
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -46,6 +46,23 @@ def test_processes_that_nobody_started(monkeypatch):
     with pytest.raises(ValueError, match="2 processes, but RANK and MASTER_ADDR and MASTER_PORT are not set: start them with torchrun"): join(torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join(torch.device("cpu")).size == 1
+
+@pytest.mark.parametrize("name,value,call", [("WORLD_SIZE", "abc", join), ("WORLD_SIZE", "-2", join), ("LOCAL_RANK", "x", pick_device), ("RANK", "one", join)])
+def test_environment_that_is_no_number(monkeypatch, name, value, call):
+    for k, v in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"variable {name} is '{value}', not a whole number"): call(torch.device("cpu") if call is join else "cpu")
+
+def test_rank_beyond_the_team(monkeypatch):
+    for k, v in dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match="RANK is 5, with 2 processes it can be no more than 1"): join(torch.device("cpu"))
+
+def test_a_rank_without_a_team_is_not_muted(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3"); monkeypatch.delenv("WORLD_SIZE", raising=False)
+    def command(): print("here"); raise KeyError("there")
+    assert at_the_door(command, KeyError) == 2
+    said = capsys.readouterr()
+    assert said.out == "here\n" and "there" in said.err
 
 def test_cards_without_a_working_driver_do_not_count(machine):
     machine(cuda=1, works=False)

@@ -218,7 +218,7 @@ def test_figure_4(write, tmp_path):
 
 def test_every_quoted_number_has_its_mark():
     marked = [v for rows in PAPER.values() for v3 in rows.values() for v in v3 if v != "–"]
-    assert all(v.endswith("]") for v in marked) and PAPER["miniimagenet"]["MTL + HT"][0] == "61.2±1.8 [fig, seed]"
+    assert all(v.endswith("]") for v in marked) and PAPER["miniimagenet"]["MTL + HT"][0] == "61.2±1.8 [fig, brief]"
 
 
 def test_answers_are_little_endian():
