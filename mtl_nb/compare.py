@@ -126,8 +126,7 @@ class Cell:
     def __str__(self):
         if not self.files: return "not yet run"
         mean, ci = (round(100*o, 3) for o in (self.mean, self.ci)) # records hold three digits: the same number reads the same everywhere
-        if self.signed: return f"{mean:+.2f} ±{ci:.2f}" + f" (of {', '.join(f'{100*m:+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}"
-        return f"{mean:.2f} ±{ci:.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
+        return f"{mean:+.2f} ±{ci:.2f}" + f" (of {', '.join(f'{100*m:+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}" if self.signed else f"{mean:.2f} ±{ci:.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
 
 # %% ../nbs/19_compare.ipynb #367310f8
 EQUAL = "head only, equal time"

@@ -168,13 +168,14 @@ def changed(
         except (KeyError, TypeError):
             near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
             raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
-        if isinstance(part.get(last), dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as {name}.{next(iter(part[last]), '')}")
+        if isinstance(part.get(last), dict) and (last, value) != ("augment", None): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as {name}.{next(iter(part[last]), '')}")
         part[last] = value
     try: made = _built(there)
     except BadInput: raise
     except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput(f"a recipe cannot be set so: {e}") from None
     return replace(made, preset=_told(made, recipe.changes, changes))
 
+# %% ../nbs/17_recipes.ipynb #ef621d85
 def _told(made, before, changes):
     "The name of a changed preset: every field that was set, once, in one order."
     names = {o for o in re.findall(r"(?:^|, )([a-z_0-9.]+)=", before)} | {o for o in changes if o not in ASKED}
@@ -187,7 +188,7 @@ def _told(made, before, changes):
 ASKED = ("shots", "methods", "tasks", "exam", "paper") # fields that ask another question of the same training
 _FIXED = ("data", "preset", "seed", "backbone", "head_label") # fields that are set elsewhere
 
-# %% ../nbs/17_recipes.ipynb #7f8332c7
+# %% ../nbs/17_recipes.ipynb #aabd23f4
 def equal_time(
     results:dict, # of `results.json`: a finished run with a row `MTL`
 ) -> Recipe: # raises `BadInput` when the record does not tell the times
