@@ -198,14 +198,16 @@ def deviations(
     body = []
     for theirs, here, how in DEVIATIONS:
         if how == "protocols": # other tasks: shown one above the other, never subtracted
-            lines = [(f"MTL, {o} protocol", ", ".join(p), *(accuracy_at(rows_at(runs, *p, o), "MTL", k) for k in SHOTS)) for p in places(runs) if rows_at(runs, *p, "paper") for o in ("standard", "paper")]
+            
+            found = [(p, m) for p in places(runs) for m in ("head only", "MTL") if any(x["method"] == m for x in rows_at(runs, *p, "paper"))]
+            lines = [(f"{m}, {o} protocol", ", ".join(p), *(accuracy_at(rows_at(runs, *p, o), m, k) for k in SHOTS)) for p, m in found for o in ("standard", "paper")]
         elif "=" in how: lines = _undone(runs, how)
         else: lines = differences(runs, [how]).rows if isinstance(how, tuple) else [(how, "", *("",)*3)]
         lines = [r if r[1] or not isinstance(how, tuple) else (r[0], "", *("not yet measured",)*3) for r in lines] or [("not yet measured", "", *("",)*3)]
         body += [(theirs, here, *r) for r in lines]
     return Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body, ("the two protocols have different tasks: their rows are levels in %, and are not subtracted",))
 
-# %% ../nbs/19_results.ipynb #a1366cc7
+# %% ../nbs/19_results.ipynb #603f8782
 def _shown(table, *args):
     try: return repr(table(*args))
     except BadInput as e: return f"Not shown: {e}"
@@ -231,8 +233,8 @@ def report(
         held = dict.fromkeys(["standard"] + [x["protocol"] for r in runs for x in r["rows"] if (r["recipe"].data, r["recipe"].preset, x["split"]) == p])
         parts += [f"## {', '.join(p)}", *(_shown(table1, runs, *p, o) for o in held), _shown(differences, runs, PAIRS, [p])]
     pairs = dict.fromkeys(p[:2] for p in places(runs))
-    tried = dict.fromkeys((r["recipe"].data, r["recipe"].origin) for r in runs if r["recipe"].changes)
-    changes = ["## One change at a time", *(_shown(additions, runs, *p) for p in tried)]*bool(tried)
+    tried = dict.fromkeys((r["recipe"].data, r["recipe"].origin, SHOTS[:2], m) for r in runs if r["recipe"].changes for m in ("head only", "MTL") if any(x["method"] == m for x in r["rows"]))
+    changes = ["## One change at a time", *(_shown(additions, runs, *p) for p in sorted(tried))]*bool(tried)
     parts += ["## Beside the others", *(_shown(beside, runs, data) for data in PAPER), *changes, "## Deviations", _shown(deviations, runs), "## Figure 4", *(_figure(runs, *p, figures) for p in pairs)]
     wanting = [f"{data} {preset}" for data in PAPER for preset in ("small", "paper") if (data, preset) not in pairs]
     return "\n\n".join(parts + [f"Not yet run: {', '.join(wanting)}"]*bool(wanting)) + "\n"
