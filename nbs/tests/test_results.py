@@ -8,6 +8,7 @@ import torch
 
 from mtl_nb.compare import EQUAL, Cell, accuracy_at, answers, by_seed, difference, gain, of_one_recipe, places, read_results, rows_at
 from mtl_nb.data import BadInput
+from mtl_nb.one_change import additions
 from mtl_nb.recipes import preset
 from mtl_nb.results import PAPER, beside, deviations, differences, figure4, report, table1
 
@@ -26,7 +27,7 @@ def write(tmp_path):
     "Write a record of rows; what is given replaces fields of it, or of its recipe."
     def f(name, rows, data="fc100", seed=0, curves=None, recipe={}, **changes):
         r = replace(preset("small", data, seed=seed), **recipe)
-        run = dict(schema=1, kind="run", rows=rows, recipe=asdict(r), data=dict(name=data), curves=curves or {}) | changes
+        run = dict(schema=1, kind="run", rows=rows, recipe=asdict(r), data=dict(name=data), device="cpu, 1 thread", seconds=dict(pretrain=60.), curves=curves or {}) | changes
         (tmp_path/name).write_text(json.dumps(run))
         return tmp_path
     return f
@@ -144,7 +145,7 @@ def test_recipes_that_do_not_go_together(write):
     assert "Not shown: a.json and b.json" in report(folder)
 
 
-@pytest.mark.parametrize("how", ["torn", "list", "kind", "schema", "recipe", "row", "answers", "odd", "accuracy", "count", "too many", "curves", "bytes"])
+@pytest.mark.parametrize("how", ["torn", "list", "kind", "schema", "seconds", "recipe", "row", "answers", "odd", "accuracy", "count", "too many", "curves", "bytes"])
 def test_damaged_and_foreign_files(write, how):
     r = row("MTL", right(40))
     folder = write("good.json", [r])
@@ -156,7 +157,7 @@ def test_damaged_and_foreign_files(write, how):
     elif how == "too many": write("bad.json", [row("MTL", right(40) + 60)])
     elif how == "curves": write("bad.json", [r], curves={"mtl-1shot": [["a", None]]})
     elif how == "recipe": (folder/"bad.json").write_text(json.dumps(dict(schema=1, kind="run", rows=[r], recipe={"data": "fc100"})))
-    elif how in ("kind", "schema"): write("bad.json", [r], **{how: "other"})
+    elif how in ("kind", "schema", "seconds"): write("bad.json", [r], **{how: "other"})
     else: (folder/"bad.json").write_bytes(dict(torn=b'{"kind": "run", "rows": [', list=b"[1, 2]", bytes=b"\xff\xfe\x00")[how])
     refused(lambda: read_results(folder), "bad.json")
     refused(lambda: report(folder), "bad.json")
@@ -223,3 +224,40 @@ def test_every_quoted_number_has_its_mark():
 
 def test_answers_are_little_endian():
     assert answers(dict(correct=base64.b64encode(bytes([1, 0, 2, 1])).decode())).tolist() == [1, 258]
+
+
+def changed_run(write, name, change, rows, **recipe): return write(name, rows, recipe=dict(preset=f"small; {change}", **recipe))
+
+
+def test_changes_one_at_a_time(write):
+    "Against the preset as it is, each for its own method; a change to phase 2 alone is no change to the head."
+    head, mtl, better = right(40), right(41, seed=1), right(44, seed=2)
+    on = lambda method, r, **more: row(method, r, split="val", **more)
+    write("fc100-small-val-s0.json", [on("head only", head), on("MTL", mtl, seconds=120.)])
+    changed_run(write, "a.json", "copies=2", [on("head only", better)], copies=2)
+    folder = changed_run(write, "b.json", "order=1", [on("head only", head), on("MTL", better, seconds=60.)], order=1)
+    runs = read_results(folder)
+    a, b = additions(runs, "fc100"), additions(runs, "fc100", shots=(1,), method="MTL")
+    assert [o[0] for o in a.rows] == ["small as it is", "copies=2"] and [o[0] for o in b.rows] == ["small as it is", "order=1"]
+    assert a["copies=2", "1-shot, gain in points"].mean == pytest.approx((better - head).double().mean().item()/75)
+    assert b["order=1", "1-shot, gain in points"].mean == pytest.approx((better - mtl).double().mean().item()/75)
+    assert b["order=1", "1-shot, over head only"].mean == pytest.approx((better - head).double().mean().item()/75)
+    assert [o[-1] for o in b.rows] == ["2", "1"] and a["small as it is", "phase 1, min"] == "1"
+    text = report(folder)
+    assert all(f"`{o}.json`" in text for o in ("a", "b", "fc100-small-val-s0"))
+    for wrong in (dict(data="fc1000"), dict(method="mtl"), dict(shots=(0,)), dict(shots=1)):
+        with pytest.raises(BadInput): additions(runs, **dict(dict(data="fc100"), **wrong))
+
+
+def test_a_change_without_an_exam_on_val_is_not_listed(write):
+    write("fc100-small-s0.json", [row("head only", right(40))])
+    folder = changed_run(write, "a.json", "copies=2", [row("head only", right(44))], copies=2)
+    assert [o[0] for o in additions(read_results(folder), "fc100").rows] == ["small as it is"]
+
+
+def test_a_deviation_taken_back_is_measured(write):
+    there, here = right(40), right(43, seed=1)
+    write("fc100-small-val-s0.json", [row("head only", here, split="val")])
+    folder = changed_run(write, "a.json", "centred=false", [row("head only", there, split="val")], centred=False)
+    line = next(r for r in deviations(read_results(folder)).rows if r[2] == "head only − head only with centred=false")
+    assert line[3] == "fc100, small, val" and line[4].mean == pytest.approx((here - there).double().mean().item()/75)
