@@ -58,6 +58,7 @@ def settings(
     pairs, out = [o.partition("=") for o in text.split(";") if o.strip()], {}
     for name, is_, value in pairs:
         if name.strip() in _OPTIONS: raise BadInput(f"--set: for {name.strip()} there is an option of its own, --{name.strip()}")
+        if name.strip() in out: raise BadInput(f"--set names {name.strip()} twice")
         try: out[name.strip()] = json.loads(value)
         except ValueError: raise BadInput(f"--set takes NAME=VALUE with semicolons between, a value as in JSON (40, 0.2, true, null, [1, 5]); got '{(name + is_ + value).strip()}'") from None
     return out
