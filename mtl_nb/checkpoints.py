@@ -12,6 +12,7 @@ __all__ = ['write_whole', 'save', 'load', 'sha256', 'pack', 'unpack', 'TrainStat
 import hashlib
 import json
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -194,6 +195,7 @@ class RunFolder:
             if not resume: raise BadInput(f"{path} holds this recipe already: add --resume to go on with it, or choose another --out")
         elif inside: raise BadInput(f"{path} is not empty and no run folder: choose another --out")
         write_whole(file, json.dumps(mine, indent=1).encode())
+        self.kept_at = time.time() # when a state was last kept
 
 # %% ../nbs/11_checkpoints.ipynb #bedef367
 @patch
@@ -209,6 +211,7 @@ def keep(self:RunFolder,
     "Write a phase's state, with the log so far in it."
     save_state(self.path/f".{phase}.state", log=json.dumps(self.log), **states)
     self.write_log()
+    self.kept_at = time.time()
 
 @patch
 def kept(self:RunFolder,

@@ -91,6 +91,8 @@ def difference(
 # %% ../nbs/19_compare.ipynb #7c4150e5
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) # 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the last: a little wide
 
+def _points(x): return round(100*x, 3) # percent, or points: records hold three digits, so the same number reads the same everywhere
+
 # %% ../nbs/19_compare.ipynb #d80bd56e
 @dataclass(frozen=True)
 class Cell:
@@ -125,8 +127,8 @@ class Cell:
         return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
     def __str__(self):
         if not self.files: return "not yet run"
-        mean, ci = (round(100*o, 3) for o in (self.mean, self.ci)) # records hold three digits: the same number reads the same everywhere
-        return f"{mean:+.2f} ±{ci:.2f}" + f" (of {', '.join(f'{100*m:+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}" if self.signed else f"{mean:.2f} ±{ci:.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
+        if self.signed: return f"{_points(self.mean):+.2f} ±{_points(self.ci):.2f}" + f" (of {', '.join(f'{_points(m):+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}"
+        return f"{_points(self.mean):.2f} ±{_points(self.ci):.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
 
 # %% ../nbs/19_compare.ipynb #367310f8
 EQUAL = "head only, equal time"
@@ -194,9 +196,10 @@ def gain(
     a:str, # a row's label, as published
     b:str, # its rival's
     k_shot:int, # K
+    among:list[dict]|None=None, # rows of another preset, where the rival stands; None: the same
 ) -> Cell: # raises `BadInput` when the exams differ
     "The paired difference a - b: of one run over its tasks, of several the mean with a t-interval over seeds."
-    left, right = by_seed(rows, a, k_shot), by_seed(rows, b, k_shot)
+    left, right = by_seed(rows, a, k_shot), by_seed(rows if among is None else among, b, k_shot)
     pairs = [next(((x, y) for x in left[s] for y in right[s] if x["file"] == y["file"]), (left[s][0], right[s][0])) for s in left if s in right]
     used = [x for p in pairs for x in p]
     same_exam(used)

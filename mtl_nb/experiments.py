@@ -45,7 +45,6 @@ def phase_one(
 ) -> None:
     "Phase 1, begun or resumed: leaves Θ and the base classes' mean feature."
     base, shape, extras, teacher, seconds, began = banks["train"], TaskShape(recipe.way, recipe.shots[0], recipe.query), recipe.extras, None, 0., time.perf_counter()
-    kept_at = time.time()
     place, classes, last = dict(device=machine.device, team=machine.team), len(base.names), recipe.phase1.epochs*extras.generations
     for n in range(extras.generations):
         cfg, net = replace(recipe.phase1, seed=recipe.phase1.seed + 10_007*n), with_blocks(ResNet12(recipe.widths, recipe.drop, recipe.seed + 10_007*n), extras.block)
@@ -58,9 +57,8 @@ def phase_one(
                 record["val"] = right.double().mean().item()/(recipe.way*recipe.query)
                 seen = f", {recipe.shots[0]}-shot on val {100*record['val']:.1f} %"
             folder.log.append(dict(phase=1, **record))
-            if state.done == cfg.epochs or machine.due(kept_at):
+            if state.done == cfg.epochs or machine.due(folder.kept_at):
                 folder.keep(_generation(n), train=state, seconds=seconds + time.perf_counter() - began)
-                kept_at = time.time()
                 machine.mind()
             print(f"phase 1: epoch {record['epoch']}/{last}, loss {record['loss']:.3f}, base accuracy {100*record['accuracy']:.1f} %{seen}", flush=True)
         teacher = state.model.eval().requires_grad_(False)
@@ -127,7 +125,7 @@ def phase_two(
     look = lambda: method.look(model, banks["val"], select, team)
     if kept: state.load_state_dict(kept["train"]); tasks.load_state_dict(kept["tasks"]); best, seconds = kept["best"], kept["seconds"]
     else: best = dict(tasks=0, accuracy=look(), tensors=trained(model)); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
-    due, kept_at, bar = (state.done//recipe.every + 1)*recipe.every, time.time(), tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
+    due, bar = (state.done//recipe.every + 1)*recipe.every, tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
     how = dict(at_once=machine.at_once or (1 if machine.device.type == "cpu" else 0), team=team, call=machine.compile(model))
     for record in method.loop(state, tasks, banks["train"], cfg, **how) if not _stale(recipe, best, state.done) else ():
         record.pop("by_class"); bar.update(record["tasks"] - bar.n)
@@ -136,9 +134,8 @@ def phase_two(
             record["val"] = look(); model.train()
             if record["val"] > best["accuracy"]: best = dict(tasks=state.done, accuracy=record["val"], tensors=trained(model))
         folder.log.append(dict(phase=2, run=name, **record))
-        if "val" in record and machine.due(kept_at):
+        if "val" in record and machine.due(folder.kept_at):
             folder.keep(name, train=state, tasks=tasks, best=best, seconds=seconds + time.perf_counter() - began)
-            kept_at = time.time()
             machine.mind()
         if "val" in record and _stale(recipe, best, state.done): break
     bar.close()

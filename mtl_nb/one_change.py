@@ -18,14 +18,16 @@ def _minutes(runs, method, shots):
     return f"{sum(own)/len(own)/60:.0f}" if own else "–"
 
 def _said(runs, data, name, shots):
-    "What to know of the preset as it is: its size, and how far seeds alone move it."
+    "What to know of the table: the size of the preset, how far seeds alone move it, and where the clock stood."
     mine = [r for r in of_one_recipe(runs, data, name) if r["recipe"].head_label != EQUAL]
-    if not mine: return ()
+    machines = {str(r.get("device", "an unknown machine")) for r in runs if (r["recipe"].data, r["recipe"].origin) == (data, name)}
+    clock = f"minutes by the clock, on {', '.join(sorted(machines)) or 'no machine yet'}"
+    if not mine: return (clock,)
     recipe, rows, out = mine[0]["recipe"], rows_at(mine, data, name), []
     levels = {k: accuracy_at(rows, "head only", k) for k in shots}
     spans = [f"{100*(max(c.each) - min(c.each)):.2f} points at {k}-shot" for k, c in levels.items() if c.seeds > 1]
     if spans: out.append(f"seeds alone: head only of {name} as it is spans {' and '.join(spans)} over {max(c.seeds for c in levels.values())} seeds (on {rows[0]['split']})")
-    return (f"{name}: widths {', '.join(map(str, recipe.widths))}, {recipe.phase1.epochs} epochs", *out)
+    return (f"{name}: widths {', '.join(map(str, recipe.widths))}, {recipe.phase1.epochs} epochs", *out, clock)
 
 # %% ../nbs/19_one_change.ipynb #aee07ec3
 def _at_the_door(runs, data, method, shots):
@@ -46,16 +48,16 @@ def additions(
     "Every recorded change to a preset, alone: a method on val, the paired difference to the preset as it is, and to its own head only."
     _at_the_door(runs, data, method, shots)
     plain = method == "head only"
-    base, body = rows_at(runs, data, name, "val"), []
+    base, body, same = rows_at(runs, data, name, "val"), [], "the very same answers"
     over = lambda rows: [] if plain else [gain(rows, method, "head only", k) for k in shots]
-    mine = lambda p: [r for r in runs if (r["recipe"].data, r["recipe"].preset) == (data, p) and any((x["split"], x["method"]) == ("val", method) for x in r["rows"])]
-    as_it_is = [x | dict(method="as it is") for x in base if x["method"] == method]
+    mine = lambda p: [r for r in of_one_recipe(runs, data, p) if r["recipe"].head_label != EQUAL]
     for p, told in {r["recipe"].preset: r["recipe"].changes for r in runs if (r["recipe"].data, r["recipe"].origin) == (data, name) and r["recipe"].changes}.items():
         rows = rows_at(runs, data, p, "val")
-        levels, gains = ([f(k) for k in shots] for f in (lambda k: accuracy_at(rows, method, k), lambda k: gain(rows + as_it_is, method, "as it is", k)))
-        seen, felt = any(c.files for c in levels), not plain or any(c.verdict != "the very same answers" for c in gains if c.files) or not any(c.files for c in gains)
-        if seen and felt: body.append((told, *(o for pair in zip(levels, gains) for o in pair), *over(rows), _minutes(mine(p), method, shots)))
-    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(as_it_is, "as it is", k), "")), *over(base), _minutes([r for r in of_one_recipe(runs, data, name) if r["recipe"].head_label != EQUAL] if plain else mine(name), method, shots))
+        levels, gains = [accuracy_at(rows, method, k) for k in shots], [gain(rows, method, method, k, base) for k in shots]
+        if not any(c.files for c in levels): continue # the method has no exam on val
+        if plain and (paired := [c for c in gains if c.files]) and all(c.verdict == same for c in paired): continue # no change for the head
+        body.append((told, *(o for pair in zip(levels, gains) for o in pair), *over(rows), _minutes(mine(p), method, shots)))
+    level = (f"{name} as it is", *(o for k in shots for o in (accuracy_at(base, method, k), "")), *over(base), _minutes(mine(name), method, shots))
     columns = ("what was changed", *(o for k in shots for o in (f"{k}-shot, %", f"{k}-shot, gain in points")), *(f"{k}-shot, over head only" for k in shots if not plain), f"phase {1 if plain else 2}, min")
     return Table(f"{data}: one change to {name} at a time, {method} on val", columns, [level, *body],
-        ("the gains are paired, on the same tasks and seeds, so they need not be the differences of levels over other seeds; ± is the 95 % interval over tasks", *_said(runs, data, name, shots), f"minutes by the clock, on {', '.join(sorted({str(r.get('device', 'an unknown machine')).replace('1 threads', '1 thread') for r in runs if r['recipe'].data == data and r['recipe'].origin == name})) or 'no machine yet'}") + ("a change that leaves every answer of head only as it is, such as one to phase 2, is not listed; nor is one without an exam on val",)*plain)
+        ("the gains are paired, on the same tasks and seeds, so they need not be the differences of levels over other seeds; ± is the 95 % interval over tasks", *_said(runs, data, name, shots)) + ("a change that leaves every answer of head only as it is, such as one to phase 2, is not listed; nor is one without an exam on val",)*plain)

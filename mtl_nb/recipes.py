@@ -154,10 +154,9 @@ def changed(
     changes:dict, # such as {"phase1.epochs": 40, "extras.mixup": 0.2, "copies": 4}
 ) -> Recipe: # its `preset` tells the changes, but for those of the exam alone; raises `BadInput` for an unknown name or a value of another kind
     "The recipe with some fields set otherwise."
-    there = json.loads(json.dumps(asdict(recipe)))
-    for name, value in sorted(changes.items(), key=str): # in one order, so that the name is one
-        *way, last = str(name).split(".")
-        if isinstance(value, dict): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
+    there, changes = json.loads(json.dumps(asdict(recipe))), {str(k): changes[k] for k in sorted(changes, key=str)} # in one order: a part before its fields
+    for name, value in changes.items():
+        *way, last = name.split(".")
         if last in _FIXED: raise BadInput(f"'{name}' is not to be set this way: it comes from the command or the plan itself")
         try:
             part = there
@@ -168,7 +167,7 @@ def changed(
         except (KeyError, TypeError):
             near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
             raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
-        if isinstance(part.get(last), dict) and (last, value) != ("augment", None): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as {name}.{next(iter(part[last]), '')}")
+        if isinstance(value, dict) or isinstance(part.get(last), dict) and (last, value) != ("augment", None): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
         part[last] = value
     try: made = _built(there)
     except BadInput: raise

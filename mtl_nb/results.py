@@ -188,7 +188,7 @@ def _undone(runs, change):
     for data, preset in dict.fromkeys((r["recipe"].data, r["recipe"].origin) for r in runs if r["recipe"].changes == change):
         here, there = rows_at(runs, data, preset, "val"), rows_at(runs, data, f"{preset}; {change}", "val")
         for m in dict.fromkeys(x["method"] for x in there):
-            out.append((f"{m} − {m} with {change}", f"{data}, {preset}, val", *(gain(here + [x | dict(method="there") for x in there if x["method"] == m], m, "there", k) for k in SHOTS)))
+            out.append((f"{m} − {m} with {change}", f"{data}, {preset}, val", *(gain(here, m, m, k, there) for k in SHOTS)))
     return out
 
 def deviations(
