@@ -1,4 +1,6 @@
 "Machines this one is not: two GPUs, a Mac, a driver that is too old."
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -63,6 +65,17 @@ def test_a_rank_without_a_team_is_not_muted(monkeypatch, capsys):
     assert at_the_door(command, KeyError) == 2
     said = capsys.readouterr()
     assert said.out == "here\n" and "there" in said.err
+
+@pytest.mark.parametrize("stumble,left", [(None, 1), (KeyError("refused"), 1), (KeyboardInterrupt(), 0), (ZeroDivisionError(), 0)])
+def test_who_goes_home_with_the_others_leaves_the_team(monkeypatch, stumble, left):
+    "A stopped or broken process goes at once: the others may still wait for it, and it for them."
+    gone = []
+    monkeypatch.setattr("mtl_nb.devices.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("mtl_nb.devices.dist.destroy_process_group", lambda: gone.append(1))
+    def command():
+        if stumble: raise stumble
+    with pytest.raises(ZeroDivisionError) if isinstance(stumble, ZeroDivisionError) else nullcontext(): at_the_door(command, KeyError)
+    assert len(gone) == left
 
 def test_cards_without_a_working_driver_do_not_count(machine):
     machine(cuda=1, works=False)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mtl_nb.ablations import exam_images
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.checkpoints import load
 from mtl_nb.data import BadInput
-from mtl_nb.devices import ALONE, Team, join
+from mtl_nb.devices import ALONE, Team, at_the_door, join
 from mtl_nb.episodes import Tasks, TaskShape
 from mtl_nb.evaluation import exam_path, features, make_exam
 from mtl_nb.glyphs import glyphs
@@ -120,6 +121,9 @@ def test_exam(pair):
 def test_first_tells_or_fails_for_all(pair):
     assert [p["told"] for p in pair] == ["from 0", "from 0"] and [p["refused"] for p in pair] == ["no room", "no room"]
 
+def test_the_team_parts_before_python_ends(pair):
+    assert [p["gone"] for p in pair] == [True, True]
+
 def test_shares_that_do_not_fit():
     bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, shares=5)
     with pytest.raises(BadInput, match="fewer than 2 images"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg))
@@ -158,4 +162,6 @@ if __name__ == "__main__":
     try: team.tell(refuse); refused = ""
     except BadInput as e: refused = str(e)
     out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team), told=team.tell(lambda: f"from {team.rank}"), refused=refused)
+    here = dist.is_initialized()
+    out["gone"] = here and at_the_door(refuse, BadInput) == 2 and not dist.is_initialized() # who stays is aborted, now and then, when Python ends
     torch.save(out, Path(sys.argv[1])/f"{team.rank}.pt")
