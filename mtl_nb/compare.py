@@ -168,9 +168,9 @@ def by_seed(
     rows:list[dict], # from `rows_at`
     method:str, # a row's label, as published
     k_shot:int, # K
-) -> dict[int,list[dict]]: # its rows; of those with one seed the first counts
+) -> dict[int,list[dict]]: # its rows; of those with one seed the first counts: of the longest exam, with a phase 1 of its own
     "A method's rows by seed."
-    mine = sorted((r for r in rows if (r["method"], r["shot"]) == (method, k_shot)), key=lambda r: (-r["tasks"], r["file"]))
+    mine = sorted((r for r in rows if (r["method"], r["shot"]) == (method, k_shot)), key=lambda r: (-r["tasks"], not r["phase1"].startswith("seed "), r["file"]))
     return {s: [r for r in mine if r["seed"] == s] for s in sorted({r["seed"] for r in mine})}
 
 def places(
