@@ -1,4 +1,4 @@
-"""What pays in phase 1, on val, from recorded runs.
+"""What pays beside meta-training, on val, from recorded runs.
 
 Docs: https://mtl-nb.github.io/mtl_nb/one_change.html.md"""
 

@@ -121,7 +121,21 @@ def beside(
 
 # %% ../nbs/19_results.ipynb #45b87e08
 PAIRS = [(ALIASES.get(f"{k} + HT", f"{k} + HT"), ALIASES.get(k, k)) for k in ("FT θ", "FT [Θ4;θ]", "FT [Θ;θ]", "SS [Θ4;θ]", "SS [Θ;θ]")] + [
-    ("SS [Θ4;θ]", "FT [Θ4;θ]"), ("MTL", "FT [Θ;θ]"), ("MTL", "head only"), ("MTL", EQUAL), ("MTL + HT", "head only"), ("MTL + HT", EQUAL)]
+    ("SS [Θ4;θ]", "FT [Θ4;θ]"), ("MTL", "FT [Θ;θ]"), ("update [Θ;θ]", "head only"), ("MTL", "head only"), ("MTL", EQUAL), ("MTL + HT", "head only"), ("MTL + HT", EQUAL)]
+
+def _narrow(table):
+    "Without the columns of shots for which nothing is recorded, as long as something is."
+    held = [c for i, c in enumerate(table.columns) if any(isinstance(r[i], Cell) and r[i].files for r in table.rows)]
+    keep = [i for i, c in enumerate(table.columns) if c in held or not held or not c.endswith("-shot")]
+    return Table(table.title, tuple(table.columns[i] for i in keep), [tuple(r[i] for i in keep) for r in table.rows], table.notes)
+
+def _paired(runs, pairs, where):
+    "Lines: the pair, where, and a cell a shot."
+    out = []
+    for a, b in pairs:
+        found = [(f"{a} − {b}", ", ".join(p), *(gain(rows_at(runs, *p), a, b, k) for k in SHOTS)) for p in where or places(runs)]
+        out += [r for r in found if any(c.files for c in r[2:])] or [(f"{a} − {b}", "", *(Cell() for _ in SHOTS))]
+    return out
 
 def differences(
     runs:list[dict], # from `read_results`
@@ -129,12 +143,8 @@ def differences(
     where:list[tuple[str,str,str]]|None=None, # set, preset and split; None: all that are recorded
 ) -> Table: # raises `BadInput` when the exams or the recipes do not go together
     "Paired differences in points, on the same tasks, with a verdict."
-    body = []
-    for a, b in pairs:
-        found = [(f"{a} − {b}", ", ".join(p), *(gain(rows_at(runs, *p), a, b, k) for k in SHOTS)) for p in where or places(runs)]
-        body += [r for r in found if any(c.files for c in r[2:])] or [(f"{a} − {b}", "", *(Cell() for _ in SHOTS))]
-    return Table("Paired differences in points, standard protocol", ("row − its rival", "where", *(f"{k}-shot" for k in SHOTS)), body,
-        ("± is the 95 % interval: of one run over its tasks, of several over seeds; \"helps\" and \"hurts\" are said after 3 seeds, phase 1 done anew",))
+    return _narrow(Table("Paired differences in points, standard protocol", ("row − its rival", "where", *(f"{k}-shot" for k in SHOTS)), _paired(runs, pairs, where),
+        ("± is the 95 % interval: of one run over its tasks, of several over seeds; \"helps\" and \"hurts\" are said after 3 seeds, phase 1 done anew",)))
 
 # %% ../nbs/19_results.ipynb #29d2dc7f
 def figure4(
@@ -170,12 +180,12 @@ DEVIATIONS = [
     ("batch norm on each batch's own statistics", "running statistics, frozen", ("MTL", "SS [Θ;θ], batch statistics")),
     ("the same, before any meta-training", "running statistics, frozen", ("head only", "update θ, batch statistics")),
     ("a shift before such a batch norm does nothing", "scale and shift both act", ("MTL", "SS [Θ;θ], scale only")),
-    ("(what the shift does alone)", "scale and shift both act", ("MTL", "SS [Θ;θ], shift only")),
+    ("(the shift alone, on statistics at rest)", "scale and shift both act", ("SS [Θ;θ], shift only", "head only")),
     ("first-order outer gradient (PyTorch)", "second order, as their TensorFlow code", ("MTL", "SS [Θ;θ], first order")),
     ("queries = shots, 600 tasks, mirrored support, 100 steps", "15 queries, up to 10,000 tasks, steps chosen on val", "protocols"),
     ("a ResNet-25 (PyTorch); biases, no scale in norms (TensorFlow)", "today's ResNet-12 for everything", "not yet measured"),
     ("features as they come", "centred and of one length (but for preset paper)", "centred=false"),
-    ("steps and checkpoint apparently picked on test", "picked on val; the test is sat once", "not to be measured: it would mean picking on test"),
+    ("steps and checkpoint apparently picked on test", "picked on val; the test, where there is one, is sat once", "not to be measured: it would mean picking on test"),
     ("images of 32 pixels crash", "any size from 16 on", "nothing to measure"),
     ("evaluation keeps every graph in memory", "memory does not grow with tasks", "nothing to measure"),
     ("no seed holds, no resume", "same recipe, same answers, stopped or not", "nothing to measure"),
@@ -202,10 +212,11 @@ def deviations(
             found = [(p, m) for p in places(runs) for m in ("head only", "MTL") if any(x["method"] == m for x in rows_at(runs, *p, "paper"))]
             lines = [(f"{m}, {o} protocol", ", ".join(p), *(accuracy_at(rows_at(runs, *p, o), m, k) for k in SHOTS)) for p, m in found for o in ("standard", "paper")]
         elif "=" in how: lines = _undone(runs, how)
-        else: lines = differences(runs, [how]).rows if isinstance(how, tuple) else [(how, "", *("",)*3)]
+        else: lines = _paired(runs, [how], None) if isinstance(how, tuple) else [(how, "", *("",)*3)]
         lines = [r if r[1] or not isinstance(how, tuple) else (r[0], "", *("not yet measured",)*3) for r in lines] or [("not yet measured", "", *("",)*3)]
         body += [(theirs, here, *r) for r in lines]
-    return Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body, ("the two protocols have different tasks: their rows are levels in %, and are not subtracted",))
+    return _narrow(Table("Deviations: here minus there, in points", ("the authors' code", "here", "measured", "where", *(f"{k}-shot" for k in SHOTS)), body,
+        ("the two protocols have different tasks: their rows are levels in %, of as many seeds as sat each, and are not subtracted",)))
 
 # %% ../nbs/19_results.ipynb #603f8782
 def _shown(table, *args):
