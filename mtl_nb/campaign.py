@@ -8,7 +8,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/campaign.html.md"""
 __all__ = ['Job', 'read_plan', 'campaign', 'overview', 'publish', 'mtl_campaign']
 
 # %% ../nbs/19_campaign.ipynb #909b73f7
-import json, re, time
+import json, re, time, traceback
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -157,8 +157,9 @@ def campaign(
 ) -> dict: # what `campaign.json` holds: under "jobs" the state, minutes and numbers of each
     "Run what is not yet run, begun jobs included, until all is done or the time is up."
     out, team, banks, left = Path(out), machine.team, {}, lambda: (machine.until - time.time())/60
-    whole, named, wrong = left(), {o.name: o for o in jobs}, (BadInput, torch.cuda.OutOfMemoryError) if team.size == 1 else BadInput
+    whole, named, wrong = left(), {o.name: o for o in jobs}, Exception if team.size == 1 else BadInput # in a team the others would wait for who stumbled
     book, gpu = team.tell(lambda: _begin(jobs, out)), machine.device.type == "cuda"
+    if gpu: torch.cuda.init()
     while name := team.tell(lambda: _next(jobs, book, out, left(), whole)):
         job, mine, began = named[name], book[name], time.time()
         spend = lambda: mine.update(minutes=round(mine["minutes"] + (time.time() - began)/60, 3))
@@ -173,7 +174,9 @@ def campaign(
         except KeyboardInterrupt:
             spend(); mine.update(state="begun"); _write(book, out, machine)
             raise
-        except wrong as e: mine.update(state="failed", why=str(e).strip().split("\n")[0])
+        except wrong as e:
+            if not isinstance(e, (BadInput, torch.cuda.OutOfMemoryError)): traceback.print_exc() # a fault of ours: told in full, and the other jobs go on
+            mine.update(state="failed", why=str(e).strip().split("\n")[0] or type(e).__name__)
         if mine["state"] != "failed": mine.update(team.tell(lambda: _found(job, out)))
         spend()
         if gpu: mine["peak_gib"] = round(max(mine["peak_gib"] or 0, torch.cuda.max_memory_allocated(machine.device)/2**30), 2)

@@ -168,7 +168,7 @@ def augment(
     first, n = of or (0, len(x))
     u = send(torch.rand(n, 7, generator=g).mul_(2).sub_(1)[first:first + len(x)], x.device)
     side = 1 - (1 - zoom)*(u[:, 0] + 1)/2
-    pixel = 2/x.new_tensor([x.shape[-1], x.shape[-2]])
+    pixel = send(2/torch.tensor([x.shape[-1], x.shape[-2]], dtype=x.dtype), x.device)
     move = u[:, 1:3]*(1 - side)[:, None] + (u[:, 1:3]*(pad + .5)).round().clamp(-pad, pad)*pixel
     mirror = torch.where(u[:, 3] < 0, -1., 1.) if flip else torch.ones_like(side)
     theta = x.new_zeros(len(x), 2, 3)

@@ -12,6 +12,7 @@ __all__ = ['RATES', 'STEPS', 'accuracy', 'Exam', 'make_exam', 'features', 'suppo
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,13 @@ def make_exam(
     "Draw the list of 10,000 tasks that belongs to this split, shape and seed, and cut it."
     if tasks < 1: raise BadInput(f"an exam needs at least 1 task, got {tasks}")
     shape.check(bank, f"'{split}'")
-    idx = sample_tasks(bank.by_class, max(tasks, 10_000), shape, torch.Generator().manual_seed(seed))
+    idx = _drawn(tuple(map(len, bank.by_class)), shape, seed, max(tasks, 10_000))
     h = hashlib.sha256(repr((split, bank.names, shape, seed)).encode())
     h.update(bank.hashes.numpy().tobytes()); h.update(idx[:10_000].numpy().tobytes())
     return Exam(split, shape, seed, idx[:tasks], h.hexdigest()[:16])
+
+@lru_cache(8) # a second for each list: a run asks for the same few again and again
+def _drawn(sizes, shape, seed, n): return sample_tasks(list(torch.arange(sum(sizes)).split(sizes)), n, shape, torch.Generator().manual_seed(seed))
 
 # %% ../nbs/10_evaluation.ipynb #0bc50362
 def _calm(embed): # a network in training mode gives an image another feature in each company, and changes while it does

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .base_learner import BaseLearner
 from .checkpoints import TrainState
-from .data import BadInput, ImageBank, augment
+from .data import BadInput, ImageBank, augment, send
 from .devices import ALONE, Team, autocast
 from .episodes import Tasks, TaskShape
 
@@ -46,10 +46,9 @@ class MTL(nn.Module):
         images:Tensor, # [E,N,K+Q,C,H,W] normalised images of E tasks
         shape:TaskShape, # N, K and Q
     ) -> Tensor: # [E,N*Q,N] query logits of the adapted heads
-        x = images.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+        x, labels = images.flatten(0, 2).contiguous(memory_format=torch.channels_last), send(shape.labels(shape.k_shot), images.device).expand(len(images), -1)
         with autocast(x.device): f = self.embed(x)
         f = f.unflatten(0, images.shape[:3])
-        labels = shape.labels(shape.k_shot).to(f.device).expand(len(f), -1)
         return self.base(f[:, :, :shape.k_shot].flatten(1, 2), labels, f[:, :, shape.k_shot:].flatten(1, 2))
 
 # %% ../nbs/13_meta_train.ipynb #c46d13ec

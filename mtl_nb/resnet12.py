@@ -54,4 +54,5 @@ class ResNet12(nn.Module):
         x:Tensor, # float [B,3,H,W], H and W at least 16
     ) -> Tensor: # [B,D]
         if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16: raise ValueError(f"ResNet12 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
-        return self.blocks(x).mean((2, 3))
+        x = self.blocks(x)
+        return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) # not in bfloat16

@@ -185,6 +185,32 @@ def test_memory_that_runs_out(banks, tmp_path, monkeypatch):
     record = campaign([Job("a", "glyphs", Recipe()), Job("b", "glyphs", Recipe())], lambda *_: banks, tmp_path)
     assert [(o["state"], o["why"]) for o in record["jobs"]] == [("failed", "CUDA out of memory. Tried to allocate 7 GiB")]*2
 
+def test_a_fault_of_ours_is_told_in_full_and_stops_nobody_else(banks, tmp_path, monkeypatch, capsys):
+    real, broken = module.run, []
+    def breaks(*args):
+        if not broken: broken.append(1); raise RuntimeError("expected scalar type Float\nbut found BFloat16")
+        return real(*args)
+    monkeypatch.setattr(module, "run", breaks)
+    jobs = [o for o in read_plan(PLANS/"toy.json") if not (o.backbone or o.equal_to)][:1]
+    jobs = [replace(jobs[0], name="first"), replace(jobs[0], name="second")]
+    record = campaign(jobs, lambda *_: banks, tmp_path)
+    assert [(o["state"], o["why"]) for o in record["jobs"]] == [("failed", "expected scalar type Float"), ("done", "")]
+    assert "Traceback" in (said := capsys.readouterr().err) and "but found BFloat16" in said
+    monkeypatch.setattr(module, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("a partner waits")))
+    team = Team(0, 2)
+    with pytest.raises(RuntimeError, match="a partner waits"): # in a team the process ends, and the others with it
+        monkeypatch.setattr(Team, "tell", lambda self, make: make()); monkeypatch.setattr(Team, "in_turn", lambda self, load: load())
+        campaign([replace(jobs[0], name="third")], lambda *_: banks, tmp_path, Machine(team=team))
+
+def test_cuda_is_begun_before_its_memory_is_asked_for(banks, tmp_path, monkeypatch):
+    asked = [] # `reset_peak_memory_stats` is refused by a CUDA that nothing has used yet
+    for name in "init", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated": monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)
+    monkeypatch.setattr(module, "run", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
+    monkeypatch.setattr(module, "_found", lambda job, out: dict(state="done" if "empty_cache" in asked else "waiting", why="", rows=[]))
+    campaign([Job("a", "glyphs", Recipe())], lambda *_: banks, tmp_path, Machine(torch.device("cuda")))
+    assert asked == ["init", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated"]
+
 def test_a_changed_plan_does_not_take_old_results(banks, whole):
     jobs = [replace(o, recipe=replace(o.recipe, tasks=60)) if o.name == "toy-s1" else o for o in read_plan(PLANS/"toy.json")]
     record = {o["name"]: o for o in campaign(jobs, lambda *_: banks, whole[0], Machine(until=time.time() - 1))["jobs"]}

@@ -181,6 +181,17 @@ def test_stopped_and_resumed_is_never_stopped(path, opt, stop):
     assert torch.equal(straight.g.get_state(), s.g.get_state())
     assert s.opt.state_dict()["param_groups"] == straight.opt.state_dict()["param_groups"]
 
+def test_the_optimiser_comes_back_in_the_memory_format_of_the_weights(path):
+    def make():
+        m = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        return TrainState(m, torch.optim.SGD(m.parameters(), .1, momentum=.9), torch.Generator())
+    s, again = make(), make()
+    s.model(torch.ones(1, 4, 5, 5)).sum().backward(); s.opt.step(); save_state(path, train=s)
+    again.load_state_dict(load_state(path)["train"])
+    p, q = s.model.weight, again.model.weight
+    assert again.opt.state[q]["momentum_buffer"].stride() == q.stride() != torch.empty(q.shape).stride()
+    assert torch.equal(again.opt.state[q]["momentum_buffer"], s.opt.state[p]["momentum_buffer"])
+
 def test_frozen_weights_stay_out_buffers_stay_in():
     kept = set(state(frozen=True).state_dict()["model"])
     assert not any(k.startswith("0.") for k in kept) and {"1.running_mean", "1.num_batches_tracked", "2.weight"} <= kept
