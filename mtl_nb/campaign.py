@@ -159,12 +159,11 @@ def campaign(
     out, team, banks, left = Path(out), machine.team, {}, lambda: (machine.until - time.time())/60
     whole, named, wrong = left(), {o.name: o for o in jobs}, Exception if team.size == 1 else BadInput # in a team the others would wait for who stumbled
     book, gpu = team.tell(lambda: _begin(jobs, out)), machine.device.type == "cuda"
-    if gpu: torch.cuda.init()
     while name := team.tell(lambda: _next(jobs, book, out, left(), whole)):
         job, mine, began = named[name], book[name], time.time()
         spend = lambda: mine.update(minutes=round(mine["minutes"] + (time.time() - began)/60, 3))
         print(f"\n== {name}{f', about {job.minutes:g} min' if job.minutes else ''}: {job.why or job.recipe.preset}", flush=True)
-        if gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(machine.device)
+        if gpu: torch.cuda.init(); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(machine.device)
         try:
             recipe = team.tell(lambda: _asked(job, out, team.size))
             key = job.data, recipe.size
@@ -222,8 +221,7 @@ def overview(
 
 # %% ../nbs/19_campaign.ipynb #1fa5d918
 def _halved(tensors): # convolution weights in float16, the rest as it is
-    half = lambda k, v: v.half() if k.endswith("weight") and v.dim() == 4 and v.abs().max() < torch.finfo(torch.float16).max else v
-    return {k: half(k, v) for k, v in tensors.items()}
+    return {k: v.half() if k.endswith("weight") and v.dim() == 4 and v.abs().max() < torch.finfo(torch.float16).max else v for k, v in tensors.items()}
 
 def publish(
     folder:Path, # a finished run
