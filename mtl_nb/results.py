@@ -77,7 +77,7 @@ def _about(runs, rows, data, preset, split, protocol):
     together = [f"at {ks} {', '.join(ms)}" for ks, ms in kept.items()]
     return (f"here: ResNet-12 of widths {', '.join(map(str, recipe.widths))} on images of {recipe.size or 'their own'} pixels; {rows[0]['way']}-way, {rows[0]['query'] if protocol == 'standard' else 'as many as shots'} queries a class; {list(tasks)[0]} tasks{few}",
         "± is the 95 % interval: of one seed over tasks, of several over seeds. Levels of different numbers of seeds or tasks are not to be subtracted: the paired differences are below",
-        *[f"kept at its start by early stopping, so the answers are those of head only: {'; '.join(together)}"]*bool(together),
+        *[f"kept at its start by early stopping, so a row of Table 1 among them answers as head only does: {'; '.join(together)}"]*bool(together),
         *["on val: its classes also chose the stopping point and the inner loop, on another list of tasks"]*(split == "val"),
         *[f"recorded again with the same seed, to the same answers: {', '.join(same_again)}"]*bool(same_again),
         *[f"recorded again with the same seed, not counted: {'; '.join(twice)}"]*bool(twice))
@@ -143,6 +143,7 @@ def _paired(runs, pairs, where):
         out += [r for r in found if any(c.files for c in r[2:])] or [(f"{a} − {b}", "", *(Cell() for _ in SHOTS))]
     return out
 
+# %% ../nbs/19_results.ipynb #c1a33e22
 def differences(
     runs:list[dict], # from `read_results`
     pairs:list[tuple[str,str]]=PAIRS, # labels of rows: whose gain, over whom
