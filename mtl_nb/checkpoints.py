@@ -140,7 +140,7 @@ class TrainState:
         self.model.load_state_dict(state["model"], strict=False)
         self.opt.load_state_dict(state["opt"]); self.g.set_state(state["g"]); self.done = state["done"]
         for p, kept in self.opt.state.items(): # laid out in memory as the weights are
-            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape})
+            kept.update({k: torch.empty_like(p).copy_(v) for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape and v.stride() != p.stride()})
 
 # %% ../nbs/11_checkpoints.ipynb #0cc5bd4b
 def save_state(

@@ -171,10 +171,11 @@ def at_the_door(
                 nowhere = muted.enter_context(open(os.devnull, "w"))
                 for o in (redirect_stdout, redirect_stderr): muted.enter_context(o(nowhere))
             command()
-        leave()
-    except refused as e: say(e); leave(); return 2
+    except refused as e: say(e); code = 2
     except KeyboardInterrupt: say("stopped" + (go_on and f"; {go_on}")); return 130
-    return 0
+    else: code = 0
+    leave()
+    return code
 
 # %% ../nbs/09_devices.ipynb #d483af11
 class TimeUp(Exception): "The machine's time is over. No mistake: what was kept is on disk, and the same work goes on from there."

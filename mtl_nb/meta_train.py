@@ -46,7 +46,8 @@ class MTL(nn.Module):
         images:Tensor, # [E,N,K+Q,C,H,W] normalised images of E tasks
         shape:TaskShape, # N, K and Q
     ) -> Tensor: # [E,N*Q,N] query logits of the adapted heads
-        x, labels = images.flatten(0, 2).contiguous(memory_format=torch.channels_last), send(shape.labels(shape.k_shot), images.device).expand(len(images), -1)
+        labels = send(shape.labels(shape.k_shot), images.device).expand(len(images), -1) # first: a GPU need not be waited for
+        x = images.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         with autocast(x.device): f = self.embed(x)
         f = f.unflatten(0, images.shape[:3])
         return self.base(f[:, :, :shape.k_shot].flatten(1, 2), labels, f[:, :, shape.k_shot:].flatten(1, 2))

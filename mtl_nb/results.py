@@ -64,23 +64,20 @@ EASY, two networks that together weigh one | | 70.63 86.28 | 47.94 64.14
 def _about(runs, rows, data, preset, split, protocol):
     "What there is to know of the numbers of a table, in lines."
     if not rows: return (f"no run of {data} {preset} on {split} under the {protocol} protocol is recorded",)
-    recipe, tasks, twice, same_again, stuck, kept = of_one_recipe(runs, data, preset)[0]["recipe"], {}, [], {}, {}, {}
+    recipe, tasks, kept = of_one_recipe(runs, data, preset)[0]["recipe"], {}, {}
     for r in sorted(rows, key=lambda r: -r["tasks"]): tasks.setdefault(f"{r['tasks']:,}", {})[r["method"]] = True
-    for m, k in dict.fromkeys((r["method"], r["shot"]) for r in rows):
-        for first, *others in by_seed(rows, m, k).values():
-            same_again |= {r["file"]: 1 for r in others if r["correct"] == first["correct"]}
-            twice += [f"{m} {k}-shot, {r['accuracy']:.2f}, in {r['file']}" for r in others if r["correct"] != first["correct"]]
+    twice = [(first, r) for m, k in dict.fromkeys((r["method"], r["shot"]) for r in rows) for first, *others in by_seed(rows, m, k).values() for r in others]
+    same = dict.fromkeys(r["file"] for first, r in twice if r["correct"] == first["correct"])
+    other = [f"{r['method']} {r['shot']}-shot, {r['accuracy']:.2f}, in {r['file']}" for first, r in twice if r["correct"] != first["correct"]]
     few = "".join(f"; {n} for {', '.join(m)}" for n, m in list(tasks.items())[1:])
-    for r in sorted(rows, key=lambda r: r["shot"]):
-        if r.get("trained_tasks") == 0: stuck.setdefault(r["method"], {})[f"{r['shot']}-shot"] = 1
-    for m, ks in stuck.items(): kept.setdefault(" and ".join(ks), []).append(m)
-    together = [f"at {ks} {', '.join(ms)}" for ks, ms in kept.items()]
+    for m in dict.fromkeys(r["method"] for r in rows if r.get("trained_tasks") == 0):
+        kept.setdefault(" and ".join(f"{k}-shot" for k in SHOTS if any((r["method"], r["shot"], r.get("trained_tasks")) == (m, k, 0) for r in rows)), []).append(m)
     return (f"here: ResNet-12 of widths {', '.join(map(str, recipe.widths))} on images of {recipe.size or 'their own'} pixels; {rows[0]['way']}-way, {rows[0]['query'] if protocol == 'standard' else 'as many as shots'} queries a class; {list(tasks)[0]} tasks{few}",
         "± is the 95 % interval: of one seed over tasks, of several over seeds. Levels of different numbers of seeds or tasks are not to be subtracted: the paired differences are below",
-        *[f"kept at its start by early stopping, so a row of Table 1 among them answers as head only does: {'; '.join(together)}"]*bool(together),
+        *[f"kept at its start by early stopping, so a row of Table 1 among them answers as head only does: {'; '.join(f'at {ks} ' + ', '.join(ms) for ks, ms in kept.items())}"]*bool(kept),
         *["on val: its classes also chose the stopping point and the inner loop, on another list of tasks"]*(split == "val"),
-        *[f"recorded again with the same seed, to the same answers: {', '.join(same_again)}"]*bool(same_again),
-        *[f"recorded again with the same seed, not counted: {'; '.join(twice)}"]*bool(twice))
+        *[f"recorded again with the same seed, to the same answers: {', '.join(same)}"]*bool(same),
+        *[f"recorded again with the same seed, not counted: {'; '.join(other)}"]*bool(other))
 
 # %% ../nbs/19_results.ipynb #6730df66
 def table1(

@@ -192,6 +192,15 @@ def test_the_optimiser_comes_back_in_the_memory_format_of_the_weights(path):
     assert again.opt.state[q]["momentum_buffer"].stride() == q.stride() != torch.empty(q.shape).stride()
     assert torch.equal(again.opt.state[q]["momentum_buffer"], s.opt.state[p]["momentum_buffer"])
 
+def test_a_step_stays_as_the_optimiser_keeps_it_beside_a_weight_that_is_one_number(path):
+    def make():
+        m = nn.Module(); m.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        return TrainState(m, torch.optim.Adam(m.parameters()), torch.Generator())
+    s, again = make(), make()
+    s.model.scale.sum().backward(); s.opt.step(); save_state(path, train=s)
+    again.load_state_dict(load_state(path)["train"])
+    assert again.opt.state[again.model.scale]["step"].dtype == s.opt.state[s.model.scale]["step"].dtype == torch.float32
+
 def test_frozen_weights_stay_out_buffers_stay_in():
     kept = set(state(frozen=True).state_dict()["model"])
     assert not any(k.startswith("0.") for k in kept) and {"1.running_mean", "1.num_batches_tracked", "2.weight"} <= kept
