@@ -98,32 +98,32 @@ def _points(x): return round(100*x, 3) # percent, or points: records hold three 
 class Cell:
     "A number of a table, how sure it is, and from which files. Without files: not yet run."
     mean:float=math.nan # a fraction
-    ci:float=math.nan # half-width of its 95 % interval: of one run over tasks, of several over seeds
+    ci:float=math.nan # half-width of its 95 % interval: of one run over tasks, of several over seeds, but no less than over tasks
     each:tuple[float,...]=() # the means of the seeds, one a run
     phases:int=0 # different phase 1s among them
     tasks:int=0 # of the exam, at least
     files:tuple[str,...]=() # their names
     signed:bool=False # is it a difference?
+    split:str="" # of the exam
     @classmethod
     def over(cls,
         parts:list[tuple[float,float]], # mean and half-width of each seed, over its tasks
+        shared:float=0., # half-width over tasks of the mean of several seeds, which all sat the same tasks
         **more, # the other fields
     ) -> "Cell":
-        "One seed as it is; of several the mean, with a t-interval over seeds."
+        "One seed as it is; of several the mean, with a t-interval over seeds that is no narrower than `shared`."
         if not parts: return cls()
         x, n = torch.tensor([m for m, _ in parts], dtype=torch.float64), len(parts)
-        ci = parts[0][1] if n == 1 else T975[min(n - 1, len(T975)) - 1]*x.std().item()/n**.5
-        return cls(x.mean().item(), ci, tuple(x.tolist()), **more)
+        return cls(x.mean().item(), parts[0][1] if n == 1 else max(shared, T975[min(n - 1, len(T975)) - 1]*x.std().item()/n**.5), tuple(x.tolist()), **more)
     @property
     def seeds(self) -> int: return len(self.each) # runs
     @property
     def verdict(self) -> str: # of a difference
-        "Words for it. That something helps, or hurts, is said after three runs with three phase 1s."
+        "Words for it. That something helps, or hurts, is said of test after three runs with three phase 1s; on val, whose classes chose when to stop, it is ahead."
         if not self.files: return "not yet run"
-        sure, n = min(self.seeds, self.phases) >= 3, self.seeds
+        sure, n, side = min(self.seeds, self.phases) >= 3, self.seeds, (self.mean > self.ci) - (self.mean < -self.ci)
         if self.mean == self.ci == 0: return "the very same answers"
-        side = (self.mean > self.ci) - (self.mean < -self.ci)
-        if sure: return ("no difference shown", "helps", "hurts")[side] + f" ({n} seeds)"
+        if sure: return ("no difference shown", *(("ahead on val", "behind on val") if self.split == "val" else ("helps on these classes", "hurts on these classes")))[side] + f" ({n} seeds)"
         return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
     def __str__(self):
         if not self.files: return "not yet run"
@@ -180,6 +180,13 @@ def places(
     return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"] if not r["recipe"].changes))
 
 # %% ../nbs/19_compare.ipynb #2aff6a28
+def _score(row): return answers(row).double()/(row["way"]*row["query"]) # of each task
+
+def _cell(seeds, phases, rows, **more): # from each seed's numbers, task by task, and the rows they come from
+    n = min(map(len, seeds), default=0)
+    return Cell.over([mean_ci(x) for x in seeds], mean_ci(torch.stack([x[:n] for x in seeds]).mean(0))[1] if len(seeds) > 1 else 0., phases=len(phases), tasks=min((r["tasks"] for r in rows), default=0),
+        files=tuple(dict.fromkeys(r["file"] for r in rows)), split=rows[0]["split"] if rows else "", **more)
+
 def accuracy_at(
     rows:list[dict], # from `rows_at`
     method:str, # a row's label, as published
@@ -188,8 +195,7 @@ def accuracy_at(
     "A method's accuracy: of one run over its tasks, of several the mean with a t-interval over seeds."
     mine = [same[0] for same in by_seed(rows, method, k_shot).values()]
     same_exam(mine)
-    return Cell.over([mean_ci(answers(r).double()/(r["way"]*r["query"])) for r in mine], phases=len({r["phase1"] for r in mine}),
-        tasks=min((r["tasks"] for r in mine), default=0), files=tuple(dict.fromkeys(r["file"] for r in mine)))
+    return _cell([_score(r) for r in mine], {r["phase1"] for r in mine}, mine)
 
 def gain(
     rows:list[dict], # from `rows_at`
@@ -203,8 +209,7 @@ def gain(
     pairs = [next(((x, y) for x in left[s] for y in right[s] if x["file"] == y["file"]), (left[s][0], right[s][0])) for s in left if s in right]
     used = [x for p in pairs for x in p]
     same_exam(used)
-    return Cell.over([difference(x, y) for x, y in pairs], phases=len({x["phase1"] for x, _ in pairs}), tasks=min((x["tasks"] for x in used), default=0),
-        files=tuple(dict.fromkeys(x["file"] for x in used)), signed=True)
+    return _cell([_score(x)[:y["tasks"]] - _score(y)[:x["tasks"]] for x, y in pairs], {x["phase1"] for x, _ in pairs}, used, signed=True)
 
 # %% ../nbs/19_compare.ipynb #db560f40
 @dataclass(frozen=True, repr=False)

@@ -44,18 +44,38 @@ def _means(model, bank, exam, rates, steps, mirrored, team, extra=None):
     return answers(feats, exam, model.base, extra, team=team)[None, None]
 
 def _within(model, bank, exam, rates, steps, mirrored, team, extra=None):
+    bank, exam = _with_copies(bank, exam, mirrored, extra)
     seen, there = task_features(model, bank, exam, mirrored=mirrored, team=team)
     return torch.stack([exam_path(seen, there, model.base, lr, list(steps), team=team) for lr in rates])
 
 def _finetuned(model, bank, exam, rates, steps, mirrored, team, extra=None):
+    bank, exam = _with_copies(bank, exam, mirrored, extra)
     return torch.stack([finetune(model, bank, exam, lr, list(steps), mirrored=mirrored, team=team) for lr in rates])
 
 def _adapted(model, bank, exam, rates, steps, mirrored, team, extra=None):
+    bank, exam = _with_copies(bank, exam, mirrored, extra)
     call = lambda x, shape: torch.cat([model.path(x, shape, list(steps), lr) for lr in rates])
     return exam_images(model, bank, exam, 10, mirrored, team, call).unflatten(0, (len(rates), len(steps)))
 
 def _pictures(model, bank, exam, rates, steps, mirrored, team, extra=None):
+    bank, exam = _with_copies(bank, exam, mirrored, extra)
     return exam_images(model, bank, exam, mirrored=mirrored, team=team)[None, None]
+
+# %% ../nbs/18_contenders.ipynb #5bb2327a
+class _Wider: # a bank with c more images for each one; number i of copy c stands at c·n + i
+    def __init__(self, bank, more): self.bank, self.more = bank, more # [c,n,C*H*W], normalised
+    def take(self, idx):
+        n, at = len(self.bank), idx.reshape(-1)
+        x, copy = self.bank.take(at % n), at.div(n, rounding_mode="floor")
+        own, there = (copy > 0).nonzero()[:, 0].to(x.device), copy > 0
+        if there.any(): x[own] = self.more[copy[there] - 1, at[there] % n].view(-1, *x.shape[1:]).to(x.device)
+        return x.reshape(*idx.shape, *x.shape[1:])
+
+def _with_copies(bank, exam, mirrored, extra): # images with their copies, and the exam with these in its support sets
+    if mirrored or not extra: return bank, exam
+    more, k = extra(lambda x: x.flatten(1), bank).cpu(), exam.shape.k_shot
+    support = [exam.idx[:, :, :k] + c*len(bank) for c in range(len(more) + 1)]
+    return _Wider(bank, more), replace(exam, idx=torch.cat([*support, exam.idx[:, :, k:]], 2), shape=replace(exam.shape, k_shot=k*len(support)))
 
 # %% ../nbs/18_contenders.ipynb #b063e535
 def inner_of(
@@ -153,7 +173,7 @@ def sit(self:Contender,
     protocols:list[Protocol], # the standard one first
     split:str="test", # the bank's name
     team:Team=ALONE, # the processes that share the work
-    extra:Callable|None=None, # `(embed, bank) -> [c,n,D]`: copies of each image to join the support sets, for methods with features made once, where the protocol has no mirror images
+    extra:Callable|None=None, # `(embed, bank) -> [c,n,D]`: copies of each image to join the support sets, where the protocol has no mirror images; asked with `x.flatten(1)` for the copies themselves by methods that look at images
 ) -> list[Result]: # for each protocol, or for the first alone; raises `BadInput` when these images cannot be answered
     "The exam."
     side, there = getattr(model.backbone, "size", 0), list(bank.x.shape[2:])
@@ -168,7 +188,7 @@ def sit(self:Contender,
 # %% ../nbs/18_contenders.ipynb #bdcfd7d7
 _ONCE = dict(right=_heads, rates=RATES, steps=STEPS)
 _COMPANY = dict(right=_within, rates=RATES, steps=STEPS, few=200, most=600, cached=False)
-_ALL_WEIGHTS = dict(right=_finetuned, rates=(0.001, 0.003, 0.01, 0.03), steps=(20, 50, 100), few=40, most=600, cached=False)
+_ALL_WEIGHTS = dict(right=_finetuned, rates=(0., 0.001, 0.003, 0.01, 0.03, 0.1), steps=(5, 10, 20, 50, 100), few=40, most=600, cached=False)
 
 def _row(r): # a contender from a row of the ablations
     def start(net, base, centre, size, classes, seed):

@@ -152,19 +152,25 @@ def plot_curves(
 ): # a matplotlib `Figure`
     "Phase 1's accuracies; in phase 2 the gain on `select` over its start."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3.2), layout="constrained")
-    a, b = fig.subplots(1, 2)
+    from matplotlib import colormaps
     one, two = [r for r in log if r["phase"] == 1], [r for r in log if r["phase"] == 2 and "val" in r]
+    names, colors = list(dict.fromkeys(r["run"] for r in two)), {"mtl": "#1f77b4", "mtl-ht": "#d62728"}
+    for name in names: colors.setdefault(name.rpartition("-")[0], colormaps["Dark2" if len(colors) < 10 else "tab20b"]((len(colors) - 2) % 20))
+    beside = -(-len(names)//16) if len(names) > 6 else 0 # columns of a key that is too long for its panel
+    fig = Figure(figsize=(9 + 1.9*beside, 3.2), layout="constrained")
+    a, b = fig.subplots(1, 2)
     seen = [r for r in one if "val" in r]
     a.plot([r["epoch"] for r in one], [100*r["accuracy"] for r in one], color="#8a8a8a", label="base classes, as trained on")
     a.plot([r["epoch"] for r in seen], [100*r["val"] for r in seen], "o-", color="#1f77b4", label="new classes (val), few-shot")
+    if not one: a.text(.5, .5, "a backbone was given", transform=a.transAxes, ha="center", color="#8a8a8a")
     a.set(title="Phase 1", xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
-    for name in dict.fromkeys(r["run"] for r in two):
+    for name in names:
         mine = [r for r in two if r["run"] == name]
         b.plot([r["tasks"] for r in mine], [100*(r["val"] - mine[0]["val"]) for r in mine], "--" if "5shot" in name else "-", marker=".",
-               color="#d62728" if "ht" in name else "#1f77b4", label=name)
+               color=colors[name.rpartition("-")[0]], label=name)
     b.axhline(0, color="k", lw=.6); b.set(title="Phase 2, on val", xlabel="tasks seen", ylabel="gain in accuracy, points")
-    for ax in (a, b): ax.legend(fontsize=8, frameon=False) if ax.get_legend_handles_labels()[1] else None
+    for ax, held, out in ((a, one, 0), (b, two, beside)):
+        if held: ax.legend(frameon=False, **(dict(fontsize=6, ncols=out, loc="upper left", bbox_to_anchor=(1, 1)) if out else dict(fontsize=8)))
     return fig
 
 # %% ../nbs/18_experiments.ipynb #7f96dc5c

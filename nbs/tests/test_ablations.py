@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mtl_nb.ablations import ALIASES, ROWS, BatchStatistics, build, exam_images, find_row, finetune, slug, task_features, trained
 from mtl_nb.base_learner import BaseLearner
@@ -162,3 +163,25 @@ def test_processes_share_the_tasks(net, bank):
     assert [exam_images(odd, bank, exam.first(1), team=Part(0, 3), call=c).shape for c in (None, twice)] == [(0,), (2, 0)]
 
 def test_batch_statistics_is_an_mtl(net): assert isinstance(build("SS [Θ;θ], batch statistics", net, base()), BatchStatistics) and issubclass(BatchStatistics, MTL)
+
+@pytest.mark.parametrize("label", [k for k, r in ROWS.items() if r.meta and not r.batch_norm and not r.hard])
+def test_outer_gradient_against_a_loop_written_out(label, net, bank):
+    "Everything that a row may move, against steps of gradient descent in plain autograd, one task after the other."
+    row, shape, moved = find_row(label), TaskShape(3, 2, 4), BaseLearner(net.d, 3, 0.3, 4)
+    with torch.no_grad():
+        for p in moved.parameters(): p.normal_(0, .2, generator=torch.Generator().manual_seed(1))
+    model, images = build(label, deepcopy(net), moved), bank.take(next(Tasks(bank.by_class, shape, 2)))
+    free, (ys, yq), total = [p for p in model.parameters() if p.requires_grad], (shape.labels(o) for o in (2, 4)), 0.
+    loss = sum(F.cross_entropy(z, yq) for z in model(images, shape))
+    for task in images:
+        fs, fq = (model.backbone(x.flatten(0, 1)) for x in (task[:, :2], task[:, 2:]))
+        if row.order == 1: fs = fs.detach()
+        w, b = model.base.weight, model.base.bias
+        for _ in range(4):
+            steps = torch.autograd.grad(F.cross_entropy(fs @ w.T + b, ys), [w, b], create_graph=True)
+            if row.order == 1: steps = [o.detach() for o in steps]
+            w, b = w - 0.3*steps[0], b - 0.3*steps[1]
+        total = total + F.cross_entropy(fq @ w.T + b, yq)
+    pairs = list(zip(*(torch.autograd.grad(o, free) for o in (loss, total))))
+    most = max(b.abs().max() for _, b in pairs)
+    assert most > 1e-3 and all((a - b).abs().max() < 1e-4*most for a, b in pairs)

@@ -96,6 +96,30 @@ def test_copies_join_where_features_are_made_once(net, bank):
         assert torch.equal(other, mirrored)   # the authors' protocol has its own
 
 
+def test_copies_join_as_images_what_they_join_as_features(net, bank):
+    "The whole network at rest, and prototypes through a network that no task turns: the same answers by either way."
+    from mtl_nb.evaluation import copies
+    exam, far = make_exam(bank, shape, 1, 40), lambda embed, bank: copies(embed, bank, 2, dict(pad=3, jitter=.5))
+    head, whole = (find_method(o) for o in ("update θ", "update [Θ;θ]"))
+    right = lambda c, m, rates, extra: c.right(m, bank, exam, rates, (1, 3), False, ALONE, extra)
+    a, b = start(head, net), start(whole, net)
+    b.base.lr = 0.1   # the head's rate
+    assert torch.equal(right(head, a, (0.1,), far), right(whole, b, (0.,), far)) and not torch.equal(right(head, a, (0.1,), None), right(head, a, (0.1,), far))
+    proto, tadam = (start(find_method(o), net) for o in ("protonet", "tadam"))
+    ask = lambda name, m, extra: find_method(name).right(m, bank, exam, (None,), (None,), False, ALONE, extra)
+    assert torch.equal(ask("protonet", proto, far), ask("tadam", tadam, far)) and torch.equal(ask("protonet", proto, None), ask("tadam", tadam, None))
+
+
+@pytest.mark.parametrize("name", ["maml-resnet-12", "maml-4-conv", "update-head-batch-statistics"])
+def test_copies_join_where_images_are_asked(name, net, bank):
+    from mtl_nb.evaluation import copies
+    exam, far = make_exam(bank, shape, 1, 40), lambda embed, bank: copies(embed, bank, 2, dict(pad=3, jitter=.5))
+    c = find_method(name)
+    model = start(c, net)
+    plain, more, mirrored = (c.right(model, bank, exam, c.rates[-1:], c.steps[:1], m, ALONE, e) for m, e in ((False, None), (False, far), (True, far)))
+    assert not torch.equal(plain, more) and torch.equal(mirrored, c.right(model, bank, exam, c.rates[-1:], c.steps[:1], True, ALONE, None))
+
+
 @pytest.mark.parametrize("label", ["MTL", "ProtoNet", "TADAM", "MAML 4-conv", "update [Θ;θ]", "update θ, batch statistics"])
 def test_processes_share_the_tasks(label, net, bank):
     class Part(Team):   # each rank's share, uncut

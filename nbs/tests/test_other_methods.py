@@ -186,6 +186,31 @@ def test_tadam_conditions_by_the_support_alone(net, images):
     a, b = model(images, shape), model(other, shape)
     assert torch.equal(a[:, 1::2], b[:, 1::2]) and not torch.allclose(a[:, ::2], b[:, ::2])
 
+def test_tadam_against_its_blocks_written_out(net, images):
+    "One task at a time, the knobs of each block turned by hand after its batch norms."
+    model = TADAM(deepcopy(net), 5, 8, seed=3)
+    with torch.no_grad():
+        for ten in model.base.ten: ten.post.normal_(0, .5, generator=torch.Generator().manual_seed(1))
+    k, at = shape.k_shot, lambda v: v[:, None, None]
+    def look(x, about):
+        for block, ten in zip(net.blocks, model.base.ten):
+            scales, shifts = ten.last(F.relu(ten.first(about))).view(2, 3, -1)
+            u = x
+            for i, (conv, norm) in enumerate(((block.conv1, block.bn1), (block.conv2, block.bn2), (block.conv3, block.bn3))):
+                u = norm(conv(u))*at(1 + ten.post[0, i]*scales[i]) + at(ten.post[1, i]*shifts[i])
+                if i < 2: u = F.leaky_relu(u, .1)
+            x = F.max_pool2d(F.leaky_relu(u + block.bn0(block.short(x)), .1), 2)
+        return x.mean((2, 3))
+    with torch.no_grad():
+        z = model(images, shape)
+        for task, ours in zip(images, z):
+            about = torch.stack([net(c[:k]).mean(0) for c in task]).mean(0)
+            prototypes = torch.stack([look(c[:k], about).mean(0) for c in task])
+            theirs = -model.base.weight*((look(task[:, k:].flatten(0, 1), about)[:, None] - prototypes)**2).sum(-1)
+            assert torch.allclose(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-3)
+        for ten in model.base.ten: ten.post.zero_()
+        assert (model(images, shape).log_softmax(-1) - z.log_softmax(-1)).abs().max() > 1e-2
+
 def test_co_training(net, bank):
     records = outer("TADAM", net, bank, tasks=40)[1]
     assert {"auxiliary", "loss", "by_class"} <= set(records[0]) and any(r["auxiliary"] for r in records)

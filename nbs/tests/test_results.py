@@ -110,11 +110,19 @@ def test_seeds_against_arithmetic(three):
 
 def test_verdicts():
     over = lambda *x, phases=None: Cell.over([(v, .001) for v in x], phases=len(x) if phases is None else phases, files=("a",), signed=True).verdict
-    assert over(.01, .011, .012) == "helps (3 seeds)" and over(-.01, -.011, -.012) == "hurts (3 seeds)"
+    assert over(.01, .011, .012) == "helps on these classes (3 seeds)" and over(-.01, -.011, -.012) == "hurts on these classes (3 seeds)"
+    on = lambda split, x: Cell.over([(x, .001)]*3, phases=3, files=("a",), signed=True, split=split).verdict
+    assert [on("val", .01), on("val", -.01), on("test", .01)] == ["ahead on val (3 seeds)", "behind on val (3 seeds)", "helps on these classes (3 seeds)"]
     assert over(.01, .011, .012, phases=1) == "ahead in these 3 runs" # one backbone
     assert over(.01) == "ahead in this run" and over(-.01) == "behind in this run" and over(.0005) == "no difference shown in this run"
     assert over(.010, .0101) == "ahead in these 2 runs" and over(.01, .02) == "no difference shown in these 2 runs" # t is 12.7
     assert Cell.over([(0., 0.)], phases=1, files=("a",)).verdict == "the very same answers" and Cell().verdict == "not yet run"
+
+
+def test_seeds_that_agree_by_chance_have_the_interval_of_their_tasks(write):
+    for s in range(3): folder = write(f"s{s}.json", [row("head only", right(40), s), row("MTL", right(41, seed=1), s)], seed=s)
+    c, d = gain(rows_at(read_results(folder), "fc100", "small"), "MTL", "head only", 1), (right(41, seed=1) - right(40)).double()/75
+    assert (c.seeds, c.phases) == (3, 3) and abs(c.ci - 1.96*d.std().item()/40**.5) < 1e-12   # the seeds themselves spread by nothing
 
 
 def test_one_backbone_is_one_phase_1(write):
@@ -259,5 +267,5 @@ def test_a_deviation_taken_back_is_measured(write):
     there, here = right(40), right(43, seed=1)
     write("fc100-small-val-s0.json", [row("head only", here, split="val")])
     folder = changed_run(write, "a.json", "centred=false", [row("head only", there, split="val")], centred=False)
-    line = next(r for r in deviations(read_results(folder)).rows if r[2] == "head only − head only with centred=false")
+    line = next(r for r in deviations(read_results(folder)).rows if r[2] == "head only, here − there" and r[1].startswith("centred"))
     assert line[3] == "fc100, small, val" and line[4].mean == pytest.approx((here - there).double().mean().item()/75)
