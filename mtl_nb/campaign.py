@@ -9,6 +9,7 @@ __all__ = ['Job', 'read_plan', 'campaign', 'overview', 'publish', 'mtl_campaign'
 
 # %% ../nbs/19_campaign.ipynb #909b73f7
 import json, re, time, traceback
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -123,8 +124,9 @@ def _asked(job, out, shares=1): # the recipe to run; what was recorded of an equ
 
 def _same(job, out, there): # is a recorded recipe what the job asks for? How many processes shared the work does not matter here
     if (needs := job.needs(out)) and not needs.is_file(): return True # nobody can tell any more
-    bare = lambda r: replace(r, backbone="", phase1=replace(r.phase1, shares=1))
-    return bare(there) == bare(_asked(job, out)) and (not job.backbone or there.backbone == sha256(needs))
+    mine = _asked(job, out)
+    bare = lambda r: replace(r, backbone="", **(dict(phase1=mine.phase1, extras=mine.extras, preset="") if job.backbone else dict(phase1=replace(r.phase1, shares=1)))) # a backbone brings its own
+    return bare(there) == bare(mine) and (not job.backbone or there.backbone == sha256(needs))
 
 def _found(job, out): # what the job's folder tells: its state, why it failed, and the rows of its results
     folder, told = out/job.name, ("method", "protocol", "split", "shot", "tasks", "accuracy", "ci95")
@@ -144,9 +146,9 @@ def _next(jobs, book, out, left, whole): # the name of the job to do next, with 
         if mine["state"] in ("done", "failed"): continue
         if needs and book[first]["state"] == "failed": mine.update(state="failed", why=f"it needs {first}, which failed")
         elif not needs or needs.is_file(): ready.append(job)
+        elif book[first]["state"] == "done": mine.update(state="failed", why=f"it needs {needs}, which is missing")
     if left <= 0 or not ready: return None
-    rest = lambda job: max(0., (job.minutes or 0.) - book[job.name]["minutes"])
-    return next((o.name for o in ready if not left < rest(o) <= whole), ready[0].name)
+    return next((o.name for o in ready if not left < max(0., (o.minutes or 0.) - book[o.name]["minutes"]) <= whole), ready[0].name)
 
 # %% ../nbs/19_campaign.ipynb #af84cac0
 def campaign(
@@ -171,8 +173,7 @@ def campaign(
             run(recipe, banks[key], out/name, machine, True, job.needs(out) if job.backbone else None)
         except TimeUp: pass
         except KeyboardInterrupt:
-            spend(); mine.update(state="begun"); _write(book, out, machine)
-            raise
+            spend(); mine.update(state="begun"); _write(book, out, machine); raise
         except wrong as e:
             if not isinstance(e, (BadInput, torch.cuda.OutOfMemoryError)): traceback.print_exc() # a fault of ours: told in full, and the other jobs go on
             mine.update(state="failed", why=str(e).strip().split("\n")[0] or type(e).__name__)
@@ -186,14 +187,18 @@ def campaign(
 def _begin(jobs, out): # the book of a campaign as the folders tell it; minutes and memory from an earlier `campaign.json`
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"cannot write to {out}: {e.strerror}") from None
-    spent = {o.get("name"): o for o in read_json(out/"campaign.json").get("jobs", []) if isinstance(o, dict)} if (out/"campaign.json").exists() else {}
-    book = {o.name: dict(name=o.name, **_found(o, out), stated=o.minutes, **{k: spent.get(o.name, {}).get(k, d) for k, d in (("minutes", 0.), ("peak_gib", None))}) for o in jobs}
-    for o in jobs: # what stands on another plan's work is not this plan's
-        if book.get(first := o.backbone or o.equal_to, {}).get("state") == "failed": book[o.name].update(state="failed", why=f"it needs {first}, which failed", rows=[])
+    spent, number = _entries(out), lambda o, d: o if type(o) in (int, float) else d
+    book = {o.name: dict(name=o.name, **_found(o, out), stated=o.minutes, **{k: number(spent.get(o.name, {}).get(k), d) for k, d in (("minutes", 0.), ("peak_gib", None))}) for o in jobs}
+    for o in (o for o in jobs if book.get(o.backbone or o.equal_to, {}).get("state") == "failed"): book[o.name].update(state="failed", why=f"it needs {o.backbone or o.equal_to}, which failed", rows=[]) # what stands on another plan's work is not this plan's
     return book
 
-def _write(book, out, machine): # `campaign.json`, whole
-    record = dict(schema=1, kind="campaign", device=str(machine), jobs=list(book.values()))
+def _entries(out): # what an earlier `campaign.json` tells, by job
+    there = read_json(out/"campaign.json") if (out/"campaign.json").exists() else {}
+    lists = [o for k in ("others", "jobs") for o in [there.get(k)] if isinstance(o, list)]
+    return {o["name"]: o for x in lists for o in x if isinstance(o, dict) and isinstance(o.get("name"), str)}
+
+def _write(book, out, machine): # `campaign.json`, whole; the jobs of other plans that stand there are kept
+    record = dict(schema=1, kind="campaign", device=str(machine), jobs=list(book.values()), others=[o for k, o in _entries(out).items() if k not in book])
     write_whole(out/"campaign.json", json.dumps(record, indent=1).encode())
     return record
 
@@ -202,15 +207,14 @@ def overview(
     record:dict, # of `campaign.json`
 ) -> str: # raises `BadInput` when it is none
     "Every job with its state, its minutes and its numbers: accuracy in %, its 95 % interval and, in brackets, the paired difference to head only."
-    lines, count = [], {}
+    lines = []
     try:
+        count = Counter(o["state"] for o in record["jobs"])
         for o in record["jobs"]:
-            count[o["state"]] = count.get(o["state"], 0) + 1
-            spent = [f"{o['minutes']:.1f} min" + (f" of about {o['stated']:g}" if o["stated"] else "")] if o["minutes"] else []
-            if o["peak_gib"]: spent.append(f"{o['peak_gib']:.1f} GiB at most")
+            spent = [f"{o['minutes']:.1f} min" + f" of about {o['stated'] or 0:g}"*bool(o["stated"])]*bool(o["minutes"]) + [f"{o['peak_gib'] or 0:.1f} GiB at most"]*bool(o["peak_gib"])
             lines.append(f"{o['name']}: {', '.join([o['state'], *spent])}" + f" ({o['why']})"*bool(o["why"]))
             for key in dict.fromkeys((r["method"], r["protocol"], r["split"]) for r in o["rows"]):
-                cells = [(r["shot"], f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f" ({r['paired']['difference']:+.2f} ±{r['paired']['ci95']:.2f})" if "paired" in r else ""))
+                cells = [(r["shot"], f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f" ({r['paired']['difference']:+.2f} ±{r['paired']['ci95']:.2f})" if r.get("paired") else ""))
                          for r in o["rows"] if (r["method"], r["protocol"], r["split"]) == key]
                 about = key[0] + f", {key[1]} protocol"*(key[1] != "standard") + f", on {key[2]}"*(key[2] != "test")
                 lines.append((f"    {about:32}" + "".join(f"{k}-shot {c:30}" for k, c in cells)).rstrip())
@@ -232,6 +236,7 @@ def publish(
     folder, out = Path(folder), Path(out)
     if not (folder/"results.json").is_file(): raise BadInput(f"{folder} holds no finished run: it has no results.json")
     if out.exists() and out.resolve() == folder.resolve(): raise BadInput(f"publish {folder} somewhere else: its own weights would be overwritten")
+    if (out/"results.json").exists() and (out/"results.json").read_bytes() != (folder/"results.json").read_bytes(): raise BadInput(f"{out} holds the weights of another run: move them away first")
     theta, results, (tensors, record) = folder/"pretrain.safetensors", read_json(folder/"results.json"), load(folder/"pretrain.safetensors", "backbone")
     small = {p: o for p in sorted(folder.glob("*.safetensors")) if p != theta and (o := load(p))[1].get("kind") != "part"}
     for p, (_, told) in small.items(): backbone_of(p, told)
@@ -241,21 +246,17 @@ def publish(
     save(out/theta.name, _halved(tensors), record, room)
     for p, (tensors, record) in small.items(): save(out/p.name, _halved(tensors), record | dict(backbone_sha256=sha256(out/theta.name)), room)
     for name in ("recipe.json", "results.json"): write_whole(out/name, (folder/name).read_bytes())
-    write_whole(out/"README.md", _card(out.name, results).encode())
+    if not (out/"README.md").exists(): write_whole(out/"README.md", _card(out.name, results).encode())
     return sorted(p.name for p in out.iterdir())
 
 # %% ../nbs/19_campaign.ipynb #a1ec5b5d
 def _card(name, results): # what the weights are, in words
     recipe, data = from_record(results["recipe"]), results["data"]
     trained = f"on `{data['name']}`" + (f" at {recipe.size} × {recipe.size} pixels" if recipe.size else "")
-    return "\n".join([f"# {name}", "", f"A ResNet-12 of widths {'-'.join(map(str, recipe.widths))} trained {trained}, and what meta-training added to it. Convolution weights are in float16, everything else in float32.", "",
-        "## What came out", "", "```", table(results).rstrip(), "```", "", "These are the numbers of the weights before they were rounded; rounding changes few answers.", "",
+    return "\n".join([f"# {name}", "", f"A ResNet-12 of widths {'-'.join(map(str, recipe.widths))} trained {trained}, and what meta-training added to it. Convolution weights are in float16, everything else in float32.", "", "## What came out", "", "```", table(results).rstrip(), "```", "", "These are the numbers of the weights before they were rounded; rounding changes few answers.", "",
         "## How it was made", "", f"- recipe: `{recipe.preset}`, seed {recipe.seed}; every field stands in `recipe.json` (SHA-256 {results['recipe_sha256']})",
-        f"- phase 1: {recipe.phase1.epochs} epochs" + (f" times {recipe.extras.generations} generations" if recipe.extras.generations > 1 else "") + (f", by the run whose backbone has SHA-256 {recipe.backbone}" if recipe.backbone else ""),
-        *(f"- {split}: images with digest {digest}" for split, digest in data["digest"].items()), f"- on {results['device']}, with {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", "",
-        "## How to use it", "", "```python", "from pathlib import Path", "from mtl_nb.contenders import load_method", f'method, model, record = load_method(Path("data/weights/{name}/mtl-1shot.safetensors"))', "```", "",
-        f"From the shell: `mtl_meta_test --weights data/weights/{name} --data {data['name']}`. All files of this folder belong together.", "",
-        "## Licence", "", f"The code is under the Apache License 2.0. The weights were learned from the images of `{data['name']}` and are meant for research on them; the terms of that set, if it has any, are its own.", ""])
+        f"- phase 1: {recipe.phase1.epochs} epochs" + (f" times {recipe.extras.generations} generations" if recipe.extras.generations > 1 else "") + (f", by the run whose backbone has SHA-256 {recipe.backbone}" if recipe.backbone else ""), *(f"- {split}: images with digest {digest}" for split, digest in data["digest"].items()), f"- on {results['device']}, with {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", "",
+        "## How to use it", "", "```python", "from pathlib import Path", "from mtl_nb.contenders import load_method", f'method, model, record = load_method(Path("data/weights/{name}/mtl-1shot.safetensors"))', "```", "", f"From the shell: `mtl_meta_test --weights data/weights/{name} --data {data['name']}`. All files of this folder belong together.", "", "## Licence", "", f"The code is under the Apache License 2.0. The weights were learned from the images of `{data['name']}` and are meant for research on them; the terms of that set, if it has any, are its own.", ""])
 
 # %% ../nbs/19_campaign.ipynb #a2bdb0aa
 def _publish_all(names, record, out): # publish those of the named jobs that are done

@@ -80,6 +80,7 @@ def load(
     parts = record.pop("parts", {})
     if not isinstance(parts, dict): raise BadInput(f"{path} is damaged: it does not tell in which files it goes on")
     for name, digest in parts.items(): tensors |= _part(Path(path), Path(name).name, digest)
+    if kind in ("backbone", "mtl") and (odd := [k for k, v in tensors.items() if not v.isfinite().all()]): raise BadInput(f"{path} holds weights that are not finite: {', '.join(odd[:3])}")
     return tensors, record
 
 def _part(path, name, digest): # the tensors of another file that one from `save` goes on in
@@ -166,7 +167,7 @@ def read_json(
 ) -> dict:
     "A JSON object from a file; one that is missing, damaged or no object is refused with `BadInput`."
     try: out = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError): raise BadInput(f"{path} is missing or damaged") from None
+    except (OSError, ValueError, RecursionError): raise BadInput(f"{path} is missing or damaged") from None
     if not isinstance(out, dict): raise BadInput(f"{path} is not what a run writes")
     return out
 

@@ -24,7 +24,7 @@ from .data import BadInput
 from .devices import Machine, at_the_door, join, pick_device
 from .episodes import TaskShape
 from .experiments import run, support_copies
-from .meta_test import Protocol, read_backbone, row, table
+from .meta_test import Protocol, backbone_of, check_new, read_backbone, row, table
 from .meta_train import MTL
 from .recipes import Recipe, changed, from_record
 from .recipes import equal_time as longer_phase_one
@@ -106,6 +106,7 @@ def mtl_run(
 ):
     "Pre-train, meta-train by one method or several, and examine on classes never seen."
     def command():
+        if empty := [o for o, v in (("backbone", backbone), ("equal-time", equal_time), ("out", out), ("root", root)) if v == ""]: raise BadInput(f"--{empty[0]} was given nothing")
         name = _named(data, root)
         given, asked = {k: v for k, v in dict(tasks=tasks, size=size, exam=exam).items() if v is not None}, settings(set)
         recipe, dev = make_recipe(preset, name, methods=rows_of(methods), way=way, shots=numbers(shots, "--shots"), query=query, seed=seed, **given), device_of(device)
@@ -143,9 +144,11 @@ def models_of(
     "The models that `--weights` names. A run folder gives those without an outer loop too, with the inner rate and steps that its val chose."
     if path.is_dir():
         if not (path/"results.json").is_file(): raise BadInput(f"{path} holds no finished run: it has no results.json")
-        rows = [r for r in read_json(path/"results.json").get("rows", []) if r["protocol"] == "standard"]
-        head = {r["shot"]: (r["lr"], r["steps"]) for r in rows if r["method"].startswith("head only")}
-        todo = [(r["method"], r["way"], r["shot"], r["lr"], r["steps"]) for r in rows]
+        try:
+            rows = [r for r in read_json(path/"results.json")["rows"] if r["protocol"] == "standard"]
+            head = {r["shot"]: (r["lr"], r["steps"]) for r in rows if r["method"].startswith("head only")}
+            todo = [(r["method"], r["way"], r["shot"], r["lr"], r["steps"]) for r in rows]
+        except (KeyError, TypeError, AttributeError): raise BadInput(f"{path/'results.json'} is damaged: its rows cannot be read") from None
         theta = path/"pretrain.safetensors"
     elif load(path)[1].get("kind") == "backbone": theta, head, todo = path, {k: (0.01, 100) for k in shots}, [("head only", way, k, 0.01, 100) for k in shots]
     else:
@@ -163,6 +166,11 @@ def models_of(
     return out
 
 # %% ../nbs/21_cli.ipynb #9f70f1fb
+def _theta(path): # the backbone's file of a run folder or a weights file
+    if path.is_dir(): return path/"pretrain.safetensors"
+    record = load(path)[1]
+    return path if record.get("kind") == "backbone" else backbone_of(path, record)
+
 def _trained(
     path:Path, # a run folder or a weights file in one
 ) -> Recipe|None: # None when there is none beside it
@@ -191,12 +199,14 @@ def mtl_meta_test(
         if weights is None: raise BadInput("say which weights to examine: --weights RUN_FOLDER or --weights FILE")
         if split not in ("train", "val", "test"): raise BadInput(f"--split is train, val or test, got '{split}'")
         if way < 2: raise BadInput(f"--way must be at least 2, got {way}")
+        if size is not None and size < 16: raise BadInput(f"--size must be at least 16 pixels, got {size}")
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
         models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))
         extra = recipe and support_copies(recipe, Machine(dev))
         bank = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
+        if split != "train": check_new(load(_theta(Path(weights)))[1], bank, split)
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
         for label, shape, method, model in models:
@@ -218,7 +228,9 @@ def mtl_results(
     "Tables 1 to 3 and Figure 4 of the paper, and what the runs say, from recorded runs alone."
     def command():
         from mtl_nb.results import report
+        if not any(Path(records).glob("*.json")): raise BadInput(f"--records: there are no records in {records}: put the results.json of runs there, each under a name of its own")
         if out is None: print(report(Path(records))); return
+        if out == "": raise BadInput("--out was given nothing")
         folder = Path(out)
         try: folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise BadInput(f"--out: cannot write to {out}: {e.strerror}") from None

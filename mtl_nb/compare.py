@@ -36,11 +36,12 @@ def answers(
 # %% ../nbs/19_compare.ipynb #219c3a53
 _KEYS = dict(method=str, split=str, way=int, shot=int, query=int, tasks=int, accuracy=int|float, protocol=str, exam=str, seed=int, correct=str)
 
-def _row(row, file, recipe):
-    "A row with its file's name, under the name that is published; its phase 1 is known by its seed, or by the weights it was given."
+def _row(row, file, recipe, theta):
+    "A row with its file's name, under the name that is published; its phase 1 is known by its weights, or, in older records, by its seed."
     wrong = [k for k, kind in _KEYS.items() if not isinstance(row.get(k), kind)] if isinstance(row, dict) else ["everything"]
+    wrong = wrong or [k for k in ("way", "query", "tasks") if not 1 <= row[k] <= 10**6] + ["seconds"]*(not isinstance(row.get("seconds", 0), int|float)) + ["seed"]*(row["seed"] != recipe.seed)
     if wrong: raise BadInput(f"{file} is damaged: in one of its rows {', '.join(wrong)} cannot be read")
-    row = row | dict(file=file.name, method=ALIASES.get(row["method"], row["method"]), phase1=recipe.backbone or f"seed {row['seed']}")
+    row = row | dict(file=file.name, method=ALIASES.get(row["method"], row["method"]), phase1=theta or recipe.backbone or f"seed {row['seed']}", own=not recipe.backbone)
     right, most = answers(row), row["way"]*row["query"]
     if not 2 <= len(right) == row["tasks"] or right.max() > most or abs(100*right.double().mean().item()/most - row["accuracy"]) > 2e-3:
         raise BadInput(f"{file}: the answers of '{row['method']}', {row['shot']}-shot, do not give the accuracy that stands beside them")
@@ -67,7 +68,7 @@ def read_results(
         if run.get("schema") != 1: raise BadInput(f"{file} is written in schema {run.get('schema')}, this version reads 1")
         try: recipe = from_record(run.get("recipe"))
         except BadInput as e: raise BadInput(f"{file}: {e}") from None
-        out.append(run | dict(file=file.name, recipe=recipe, rows=[_row(r, file, recipe) for r in run["rows"]], curves=_curves(run, file)))
+        out.append(run | dict(file=file.name, recipe=recipe, rows=[_row(r, file, recipe, str(run.get("theta", ""))) for r in run["rows"]], curves=_curves(run, file)))
     return out
 
 # %% ../nbs/19_compare.ipynb #6e0fe011
@@ -170,7 +171,7 @@ def by_seed(
     k_shot:int, # K
 ) -> dict[int,list[dict]]: # its rows; of those with one seed the first counts: of the longest exam, with a phase 1 of its own
     "A method's rows by seed."
-    mine = sorted((r for r in rows if (r["method"], r["shot"]) == (method, k_shot)), key=lambda r: (-r["tasks"], not r["phase1"].startswith("seed "), r["file"]))
+    mine = sorted((r for r in rows if (r["method"], r["shot"]) == (method, k_shot)), key=lambda r: (-r["tasks"], not r["own"], r["file"]))
     return {s: [r for r in mine if r["seed"] == s] for s in sorted({r["seed"] for r in mine})}
 
 def places(

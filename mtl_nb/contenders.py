@@ -178,7 +178,8 @@ def sit(self:Contender,
     "The exam."
     side, there = getattr(model.backbone, "size", 0), list(bank.x.shape[2:])
     if side and there != [side]*2: raise BadInput(f"this {self.published} knows pictures of {side} x {side} pixels only, these have {there[0]} x {there[1]}: set --size {side}")
-    out, own = [], inner_of(model)
+    out, own, n = [], inner_of(model), getattr(model.base, "n_way", None) or len(model.base.weight)
+    if odd := [p.shape.n_way for p in protocols if p.shape.n_way != n]: raise BadInput(f"a head of {n} classes cannot sit a {odd[0]}-way exam")
     for p in protocols if self.cached else protocols[:1]:
         exam = make_exam(bank, p.shape, p.seed, min(p.tasks, self.most), split)
         lr, steps = (mine if None in (mine, asked) else asked for mine, asked in zip(own, (p.lr, p.steps))) # none is none under any protocol
@@ -215,7 +216,7 @@ def find_method(
 ) -> Contender: # raises `BadInput` for an unknown one
     "A method by any of its names."
     names = {n: c for c in CONTENDERS.values() for n in (c.label, c.published, c.slug)}
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         near = get_close_matches(str(name).lower(), [c.slug for c in CONTENDERS.values()], 3, .5)
         raise BadInput(f"no method '{name}': " + (f"did you mean {' or '.join(near)}? All of them: " if near else "choose ") + ", ".join(c.slug for c in CONTENDERS.values()))
     return names[name]
@@ -237,6 +238,8 @@ def load_method(
     "A meta-trained model of any method from disk."
     tensors, record = load(path, "mtl")
     net, centre, there = read_backbone(backbone_of(path, record), device)
+    number = lambda o: o is None or type(o) in (int, float) and 0 <= o < float("inf")
+    if type(record.get("way")) is not int or record["way"] < 2 or not (number(record.get("lr")) and number(record.get("steps"))): raise BadInput(f"{path} is damaged: way, lr or steps of its record cannot be")
     method = find_method(record.get("method") or ("MTL + HT" if record.get("hard") else "MTL"))
     model = method.start(net, BaseLearner(net.d, record["way"]).to(device), centre, record.get("size", 0), len(there.get("classes", ".")))
     if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in trained(model).items()}: raise BadInput(f"{path} does not hold what '{method.published}' trains, and nothing else")

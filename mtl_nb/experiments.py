@@ -29,10 +29,10 @@ from .data import BadInput, ImageBank
 from .devices import Machine
 from .episodes import TaskShape
 from .evaluation import copies, evaluate, features, make_exam, tune
-from .meta_test import Protocol, meta_test, paper_protocol, read_backbone, row, table
+from .meta_test import Protocol, check_new, meta_test, paper_protocol, read_backbone, row, table
 from .meta_train import MTL, meta_state
 from .pretrain import pretrain, pretrain_state
-from .recipes import Recipe, preset
+from .recipes import Recipe, changed, preset
 from .resnet12 import ResNet12
 from .stronger import StrongClassifier, objective, with_blocks
 
@@ -81,12 +81,20 @@ def save_backbone(
         some = torch.cat([o[:50] for o in base.by_class])
         part = ImageBank(base.x[some.to(base.x.device)], base.y[some], base.names, base.hashes[some])
         tensors["centre"] = features(net, part, device=machine.device, team=machine.team).mean(0)
-    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest()))
+    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training))
+
+def _given(source, recipe, banks):
+    "The recipe of a run whose backbone is taken from a file: phase 1 as the file tells it, where it does."
+    record, mine = read_backbone(source)[2], recipe.training
+    for split in dict.fromkeys(("val", recipe.exam)): check_new(record, banks[split], split)
+    odd = {k: v for k, v in record.get("training", {k: record[k] for k in ("widths", "drop")}).items() if mine.get(k, mine) != v}
+    if odd and "training" not in record: raise BadInput(f"the backbone {source} has {' and '.join(f'{k} {v}' for k, v in odd.items())}, the recipe {' and '.join(f'{k} {mine[k]}' for k in odd)}: choose the preset that it was trained by")
+    return replace(changed(recipe, odd) if odd else recipe, backbone=sha256(source))
 
 def _adopt(source, path, base, recipe, machine):
     "Take a backbone from another run in place of phase 1; its centre is measured on this run's base classes."
     net, _, record = read_backbone(source, machine.device)
-    save_backbone(path, net, base, replace(recipe, drop=record["drop"]), record.get("seconds", 0.), machine)
+    save_backbone(path, net, base, recipe, record.get("seconds", 0.), machine)
 
 # %% ../nbs/18_experiments.ipynb #e0b965f4
 def support_copies(
@@ -123,8 +131,10 @@ def phase_two(
     tasks = method.source(banks["train"].by_class, shape, cfg.batch, 1000*recipe.seed + k_shot, recipe.hard.get(k_shot, 4))
     state, select, seconds, began = meta_state(model, cfg), make_exam(banks["val"], shape, 1, recipe.select), 0., time.perf_counter()
     look = lambda: method.look(model, banks["val"], select, team)
-    if kept: state.load_state_dict(kept["train"]); tasks.load_state_dict(kept["tasks"]); best, seconds = kept["best"], kept["seconds"]
-    else: best = dict(tasks=0, accuracy=look(), tensors=trained(model)); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
+    if "train" in (kept or ()): state.load_state_dict(kept["train"]); tasks.load_state_dict(kept["tasks"]); best, seconds = kept["best"], kept["seconds"]
+    else:
+        folder.log[:] = [o for o in folder.log if o.get("run") != name] # what was done, and whose weights are gone, is done again
+        best = dict(tasks=0, accuracy=look(), tensors=trained(model)); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
     due, bar = (state.done//recipe.every + 1)*recipe.every, tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
     how = dict(at_once=machine.at_once or (1 if machine.device.type == "cpu" else 0), team=team, call=machine.compile(model))
     for record in method.loop(state, tasks, banks["train"], cfg, **how) if not _stale(recipe, best, state.done) else ():
@@ -142,6 +152,7 @@ def phase_two(
     model.load_state_dict(best["tensors"], strict=False)
     chosen, (lr, steps) = method.choose(model, banks["val"], select, team, support_copies(recipe, machine)), inner_of(model)
     print(f"{method.published}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; {f'with inner rate {lr}, steps {steps}: ' if lr else ''}{100*chosen:.2f} %", flush=True)
+    folder.keep(name, train=state, tasks=tasks, best=best, seconds=seconds + time.perf_counter() - began) # with the whole log, before there are weights
     save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=method.published, way=recipe.way, shot=k_shot, hard=method.hard, lr=lr, steps=steps, size=size,
         tasks=best["tasks"], backbone=theta.name, backbone_sha256=sha256(theta), recipe=recipe.digest(), seconds=seconds + time.perf_counter() - began))
     folder.keep(name, done=True)
@@ -151,19 +162,16 @@ def plot_curves(
     log:list[dict], # the records of a run
 ): # a matplotlib `Figure`
     "Phase 1's accuracies; in phase 2 the gain on `select` over its start."
-    from matplotlib.figure import Figure
-    from matplotlib import colormaps
+    from matplotlib import colormaps, figure
     one, two = [r for r in log if r["phase"] == 1], [r for r in log if r["phase"] == 2 and "val" in r]
     names, colors = list(dict.fromkeys(r["run"] for r in two)), {"mtl": "#1f77b4", "mtl-ht": "#d62728"}
     for name in names: colors.setdefault(name.rpartition("-")[0], colormaps["Dark2" if len(colors) < 10 else "tab20b"]((len(colors) - 2) % 20))
     beside = -(-len(names)//16) if len(names) > 6 else 0 # columns of a key that is too long for its panel
-    fig = Figure(figsize=(9 + 1.9*beside, 3.2), layout="constrained")
-    a, b = fig.subplots(1, 2)
+    a, b = (fig := figure.Figure(figsize=(9 + 1.9*beside, 3.2), layout="constrained")).subplots(1, 2)
     seen = [r for r in one if "val" in r]
     a.plot([r["epoch"] for r in one], [100*r["accuracy"] for r in one], color="#8a8a8a", label="base classes, as trained on")
     a.plot([r["epoch"] for r in seen], [100*r["val"] for r in seen], "o-", color="#1f77b4", label="new classes (val), few-shot")
-    if not one: a.text(.5, .5, "a backbone was given", transform=a.transAxes, ha="center", color="#8a8a8a")
-    a.set(title="Phase 1", xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
+    a.text(.5, .5, "" if one else "a backbone was given", transform=a.transAxes, ha="center", color="#8a8a8a"); a.set(title="Phase 1", xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
     for name in names:
         mine = [r for r in two if r["run"] == name]
         b.plot([r["tasks"] for r in mine], [100*(r["val"] - mine[0]["val"]) for r in mine], "--" if "5shot" in name else "-", marker=".",
@@ -180,7 +188,7 @@ def _finish(recipe, folder, rows, data, machine, seconds):
     curves = {}
     for o in folder.log:
         if o["phase"] == 2 and "val" in o: curves.setdefault(o["run"], []).append([o["tasks"], round(o["val"], 5)])
-    results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(recipe))), recipe_sha256=recipe.digest(), data=data, device=str(machine), versions=versions,
+    results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(recipe))), recipe_sha256=recipe.digest(), data=data, device=str(machine), versions=versions, theta=recipe.backbone or sha256(folder.path/"pretrain.safetensors"),
         seconds={k: round(v, 1) for k, v in seconds.items()}, curves=curves)
     folder.write_log()
     png = io.BytesIO(); plot_curves(folder.log).savefig(png, format="png", dpi=110)
@@ -215,6 +223,12 @@ def _open(out, identity, resume, team):
     folder.place = place # deleted with it
     return folder
 
+def _own(done, recipe):
+    "The results that a finished folder holds, if they are of this recipe."
+    results = read_json(done)
+    if results.get("recipe_sha256") != recipe.digest() or not isinstance(results.get("rows"), list): raise BadInput(f"{done} is damaged, or the results of another run: move it away")
+    return results
+
 def _near(bank, device):
     "The bank on the device, unless it would fill more than half of what is free there."
     return bank if device.type == "cuda" and bank.x.numel() > torch.cuda.mem_get_info(device)[0]//2 else bank.to(device)
@@ -230,12 +244,12 @@ def run(
 ) -> dict: # what `results.json` holds
     "All three phases, phase 2 and 3 for every method and shot that the recipe asks for. Raises `BadInput` at the door."
     _check(recipe, banks)
-    if backbone: read_backbone(backbone); recipe = replace(recipe, backbone=sha256(backbone))
+    if backbone: recipe = _given(backbone, recipe, banks)
     data = dict(name=recipe.data, digest={k: b.digest for k, b in banks.items()})
     if any(o != data for o in machine.team.ask(data)): raise BadInput("the processes have read different pictures: give each machine the same")
     folder, device, team = _open(out, dict(recipe=asdict(recipe), recipe_sha256=recipe.digest(), data=data), resume, machine.team), machine.device, machine.team
     theta, done, banks = folder.path/"pretrain.safetensors", folder.path/"results.json", {k: _near(b, device) for k, b in banks.items()}
-    if done.exists(): return read_json(done)
+    if done.exists(): return _own(done, recipe)
     if theta.exists(): folder.kept(_generation(recipe.extras.generations - 1))
     elif backbone: _adopt(backbone, theta, banks["train"], recipe, machine)
     else: phase_one(recipe, banks, folder, machine)

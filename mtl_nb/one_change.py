@@ -8,8 +8,12 @@ Docs: https://mtl-nb.github.io/mtl_nb/one_change.html.md"""
 __all__ = ['additions']
 
 # %% ../nbs/19_one_change.ipynb #0024479c
+import re
+from dataclasses import asdict, replace
+
 from .compare import EQUAL, Table, accuracy_at, gain, of_one_recipe, rows_at
 from .data import BadInput
+from .recipes import ASKED
 
 # %% ../nbs/19_one_change.ipynb #ee0a1a22
 def _minutes(runs, method, shots):
@@ -30,11 +34,23 @@ def _said(runs, data, name, shots):
     return (f"{name}: widths {', '.join(map(str, recipe.widths))}, {recipe.phase1.epochs} epochs", *out, clock)
 
 # %% ../nbs/19_one_change.ipynb #aee07ec3
-def _at_the_door(runs, data, method, shots):
+def _one_change(runs, data, name):
+    "Refuse a record that differs from the preset as it is in more than its name tells; how many processes shared the work is no change."
+    fields = lambda r: {k: v for k, v in flat(asdict(replace(r, phase1=replace(r.phase1, shares=1)))).items() if k.split(".")[-1] not in (*ASKED, "preset", "seed", "backbone", "head_label")}
+    flat = lambda d, way="": {k: v for o, x in d.items() for k, v in (flat(x, f"{way}{o}.") if isinstance(x, dict) and x else {f"{way}{o}": x}).items()}
+    mine = [r for r in runs if (r["recipe"].data, r["recipe"].origin) == (data, name) and r["recipe"].head_label != EQUAL]
+    for base in (r for r in mine if not r["recipe"].changes):
+        for r in mine:
+            a, b, told = fields(base["recipe"]), fields(r["recipe"]), {o.partition("=")[0] for o in re.split(r", (?=[a-z])", r["recipe"].changes)}
+            if odd := [k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not any(k == o or k.startswith(f"{o}.") or o.startswith(f"{k}.") or ".augment." in o and k.startswith(o.rpartition(".")[0]) for o in told)]:
+                raise BadInput(f"{r['file']} differs from {base['file']} in more than its name tells: in {', '.join(sorted(odd))}")
+
+def _at_the_door(runs, data, method, shots, name):
     if not runs: return
     sets, methods = {r["recipe"].data for r in runs}, {x["method"] for r in runs for x in r["rows"]}
     if data not in sets: raise BadInput(f"no run on '{data}' is recorded: there are {', '.join(sorted(sets))}")
     if method not in methods: raise BadInput(f"no row '{method}' is recorded: there are {', '.join(sorted(methods))}")
+    if name not in (own := {r["recipe"].origin for r in runs if r["recipe"].data == data}): raise BadInput(f"no run of '{name}' on '{data}' is recorded: there are {', '.join(sorted(own))}")
     if not isinstance(shots, (tuple, list)) or not all(type(k) is int and k > 0 for k in shots): raise BadInput(f"shots must be numbers, each at least 1, such as (1, 5); got {shots}")
 
 # %% ../nbs/19_one_change.ipynb #95b08b88
@@ -46,7 +62,8 @@ def additions(
     method:str="head only", # a row's label, as published: whose accuracy
 ) -> Table: # raises `BadInput` when exams or recipes do not go together, or nothing of the kind is recorded
     "Every recorded change to a preset, alone: a method on val, the paired difference to the preset as it is, and to its own head only."
-    _at_the_door(runs, data, method, shots)
+    _at_the_door(runs, data, method, shots, name)
+    _one_change(runs, data, name)
     plain = method == "head only"
     base, body, same = rows_at(runs, data, name, "val"), [], "the very same answers"
     over = lambda rows: [] if plain else [gain(rows, method, "head only", k) for k in shots]

@@ -58,17 +58,19 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/17_recipes.ipynb #b388ce94
+_MANY = 10**6 # tasks in a list: more would only fill the memory
+
 def _check(r):
     "Raise `BadInput` for what cannot be, whatever the images."
     p, q, count = r.phase1, r.phase2, lambda x: type(x) is int and x >= 1
     wants = [(r.shots and all(map(count, r.shots)) and len(set(r.shots)) == len(r.shots), f"--shots must be different numbers, each at least 1, got {list(r.shots)}"),
-        (r.way >= 2, f"--way must be at least 2, got {r.way}"), (r.query >= 1, f"--query must be at least 1, got {r.query}"), (r.tasks >= 2, f"an exam needs at least 2 tasks, got {r.tasks}"),
+        (r.way >= 2, f"--way must be at least 2, got {r.way}"), (r.query >= 1, f"--query must be at least 1, got {r.query}"), (2 <= r.tasks <= _MANY, f"an exam needs at least 2 tasks, and at most {_MANY:,}, got {r.tasks}"),
         (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
         (r.exam in ("val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
         (0 <= r.drop < 1, f"drop must be at least 0 and below 1, got {r.drop}"), (not r.extras.block or r.drop, "extras.block needs a rate of dropout: set drop, too"),
-        (r.copies >= 0 and not (r.copies and p.augment is None), f"copies must be 0 or more, and are augmented as in phase 1: got {r.copies}, phase1.augment {p.augment}"),
-        (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (r.select >= 2 and r.every >= 1 and r.patience >= 0, f"select must be at least 2, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
-        (all(type(v) is int and v >= 0 for v in r.hard.values()), f"hard must be numbers of tasks, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and isinstance(r.inner[0], (int, float)) and r.inner[0] >= 0 and type(r.inner[1]) is int and r.inner[1] >= 0, f"inner must be a rate and a whole number of steps, not negative, got {r.inner}"),
+        (0 <= r.copies <= 100 and not (r.copies and p.augment is None), f"copies must be from 0 to 100, and are augmented as in phase 1: got {r.copies}, phase1.augment {p.augment}"),
+        (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (2 <= r.select <= _MANY and r.every >= 1 and r.patience >= 0, f"select must be from 2 to {_MANY:,}, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
+        (all(type(k) is int and type(v) is int and v >= 0 for k, v in r.hard.items()), f"hard must give numbers of tasks by shot, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and isinstance(r.inner[0], (int, float)) and 0 <= r.inner[0] <= 1000 and type(r.inner[1]) is int and r.inner[1] >= 0, f"inner must be a rate from 0 to 1000 and a whole number of steps, got {r.inner}"),
         (p.epochs >= 1 and p.batch >= 2 and p.halve >= 1, f"phase 1: epochs and halve must be at least 1, batch at least 2, got {p.epochs}, {p.halve}, {p.batch}"),
         (0 < p.lr < inf and 0 <= p.weight_decay < inf and 0 <= p.smoothing < 1 and 0 <= p.warmup <= 1, f"phase 1: lr must be above 0, weight_decay not negative, smoothing and warmup between 0 and 1, got {p.lr}, {p.weight_decay}, {p.smoothing}, {p.warmup}"),
         *((_crops(c), f"augment must be null, or pad of 0 or more pixels, flip true or false, jitter from 0 to 1, zoom above 0 and up to 1, got {c}") for c in (p.augment, q.augment)), (p.shares >= 1, f"--shares must be at least 1, got {p.shares}"),
@@ -118,10 +120,11 @@ def _typed(made, given):
     for k, v in given.items():
         d = getattr(made, k, None)
         kind = (int, float) if isinstance(d, float) else {"size": int, "augment": dict}.get(k, type(d))
-        if isinstance(v, bool) and not isinstance(d, bool): raise TypeError(f"{k} is {v!r}")
-        if not (k in ("size", "inner", "augment") and v is None or d is None and k == "inner" or isinstance(v, kind)): raise TypeError(f"{k} is {v!r}")
-        if k == "methods" and not all(isinstance(o, str) for o in v): raise TypeError(f"{k} is {v!r}")
-        if k in ("shots", "widths") and not (v and all(isinstance(o, int) for o in v)): raise TypeError(f"{k} is {v!r}")
+        wants = {bool: "true or false", int: "a whole number", str: "a text", tuple: "a list", dict: "null, or fields of its own"}.get(kind, "a number")
+        fits = k in ("size", "inner", "augment") and v is None or d is None and k == "inner" or isinstance(v, kind) and (not isinstance(v, bool) or kind is bool)
+        if fits and k == "methods": fits, wants = all(isinstance(o, str) for o in v), "a list of texts"
+        if fits and k in ("shots", "widths"): fits, wants = bool(v) and all(type(o) is int for o in v), "a list of whole numbers"
+        if not fits: raise TypeError(f"{k} must be {wants}, got {json.dumps(v)}")
     return replace(made, **{k: float(v) if isinstance(getattr(made, k), float) else v for k, v in given.items()})
 
 def _built(there):
@@ -148,6 +151,13 @@ def changes(self:Recipe) -> str: # such as "extras.mixup=0.2"; empty for a prese
     "What it has otherwise than its preset."
     return self.preset.partition("; ")[2]
 
+@patch(as_prop=True)
+def training(self:Recipe) -> dict: # by name, as `changed` takes it
+    "How phase 1 is done, and for which network: what a backbone's file tells."
+    fields = {f"{p}.{k}": v for p in ("phase1", "extras") for k, v in asdict(getattr(self, p)).items() if k not in ("seed", "shares", "augment")}
+    augment = {f"phase1.augment.{k}": v for k, v in self.phase1.augment.items()} if self.phase1.augment else {"phase1.augment": None}
+    return dict(widths=list(self.widths), drop=self.drop) | fields | augment
+
 # %% ../nbs/17_recipes.ipynb #fc27601d
 def changed(
     recipe:Recipe,
@@ -165,6 +175,7 @@ def changed(
                 part = part[o]
             if last not in (_AUGMENT if way in (["phase1", "augment"], ["phase2", "augment"]) else part): raise KeyError(last)
         except (KeyError, TypeError):
+            if way and way[-1] == "augment": raise BadInput(f"a recipe has no '{name}': an augmentation has only {', '.join(_AUGMENT)}") from None
             near = get_close_matches(name, [k for k in there] + [f"{k}.{o}" for k, d in there.items() if isinstance(d, dict) for o in d], 3, .4)
             raise BadInput(f"a recipe has no '{name}'" + f": did you mean {' or '.join(near)}?"*bool(near)) from None
         if isinstance(value, dict) or isinstance(part.get(last), dict) and (last, value) != ("augment", None): raise BadInput(f"'{name}' is a part of the recipe: name a field of it, such as phase1.epochs or phase1.augment.pad")
@@ -180,7 +191,7 @@ def _told(made, before, changes):
     names = {o for o in re.findall(r"(?:^|, )([a-z_0-9.]+)=", before)} | {o for o in changes if o not in ASKED}
     def at(name): # the value as the recipe holds it
         out = asdict(made)
-        for o in name.split("."): out = out[o] if out is not None else None
+        for o in name.split("."): out = None if out is None else out[o] if o in out else out[int(o)] # shots are numbers
         return out
     return "; ".join([made.origin] + [", ".join(f"{o}={json.dumps(at(o))}" for o in sorted(names))]*bool(names))
 
@@ -192,12 +203,14 @@ def equal_time(
     results:dict, # of `results.json`: a finished run with a row `MTL`
 ) -> Recipe: # raises `BadInput` when the record does not tell the times
     "The recipe of `head only, equal time`: phase 1 longer by what phase 2 took."
+    if not isinstance(results, dict): raise BadInput("this is not the record of a run")
     recipe = from_record(results.get("recipe", {}))
     if recipe.backbone: raise BadInput("this run took its backbone from another: give the record of the run that trained it")
     try:
-        spent = [float(r["seconds"]) for r in results.get("rows", []) if r["method"] == "MTL" and r.get("seconds")]
-        epoch = results.get("seconds", {}).get("pretrain", 0)/(recipe.phase1.epochs*recipe.extras.generations)
-        if not spent or epoch <= 0: raise BadInput("this record has no MTL row with its seconds, or no seconds of phase 1: nothing to be equal to")
+        spent, whole = [r["seconds"] for r in results.get("rows", []) if r["method"] == "MTL" and "seconds" in r], results.get("seconds", {}).get("pretrain", 0)
+        if odd := [o for o in (whole, *spent) if type(o) not in (int, float) or not 0 <= o < 1e8]: raise TypeError(f"{odd[0]!r} is no number of seconds")
+        epoch = whole/(recipe.phase1.epochs*recipe.extras.generations)
+        if not any(spent) or not epoch: raise BadInput("this record has no MTL row with its seconds, or no seconds of phase 1: nothing to be equal to")
         longer = replace(recipe.phase1, epochs=recipe.phase1.epochs + ceil(max(spent)/(epoch*recipe.extras.generations)))
-    except (KeyError, TypeError, AttributeError, ArithmeticError) as e: raise BadInput(f"the times in this record cannot be read ({type(e).__name__}: {e})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e: raise BadInput(f"the times in this record cannot be read ({type(e).__name__}: {e})") from None
     return replace(recipe, phase1=longer, methods=(), head_label="head only, equal time")

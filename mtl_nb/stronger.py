@@ -32,7 +32,7 @@ class Extras:
     temperature:float=4. # by which teacher's and pupil's logits are divided for that
     def __post_init__(self):
         for name, ok, wants in (("turns", 0 <= self.turns <= 1, "between 0 and 1"), ("mixup", self.mixup == 0 or .01 <= self.mixup <= 100, "0, or between 0.01 and 100"), ("block", self.block >= 0, "0 or more"),
-            ("generations", self.generations >= 1, "at least 1"), ("distill", 0 <= self.distill <= 1, "between 0 and 1"), ("temperature", self.temperature > 0, "above 0")):
+            ("generations", self.generations >= 1, "at least 1"), ("distill", 0 <= self.distill <= 1, "between 0 and 1"), ("temperature", 0 < self.temperature <= 1000, "above 0, and at most 1000")):
             if not ok: raise BadInput(f"phase 1: {name} must be {wants}, got {getattr(self, name)}")
 
 # %% ../nbs/16_stronger.ipynb #f6e54d72

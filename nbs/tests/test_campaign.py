@@ -57,7 +57,7 @@ NEXT = dict(GOOD, name="next")
     (dict(NEXT, methods=[["mtl"]]), "no method"),
     (dict(NEXT, methods=5), "'methods' cannot be 5"),
     (dict(NEXT, set={"phase1.epoch": 3}), "no 'phase1.epoch'"),
-    (dict(NEXT, set={"phase1.epochs": "many"}), "epochs is 'many'"),
+    (dict(NEXT, set={"phase1.epochs": "many"}), 'epochs must be a whole number, got "many"'),
     (dict(NEXT, set={"phase1.augment.zom": .5}), "a recipe has no 'phase1.augment.zom'"),
     (dict(NEXT, set={"extras.turns": 2.}), "turns must be between 0 and 1"),
     (dict(NEXT, set={"seed": 3}), "'seed' is not to be set this way"),
@@ -264,6 +264,31 @@ def test_damaged_parts(whole, tmp_path):
             with pytest.raises(BadInput, match=words): load_model(tmp_path/f"a/{name}.safetensors")
     save(tmp_path/"odd.safetensors", {}, dict(kind="backbone", parts=[1]))
     with pytest.raises(BadInput, match="is damaged"): load(tmp_path/"odd.safetensors")
+
+def test_another_plan_keeps_the_book_of_the_first(banks, tmp_path):
+    first, second = (read_plan(write(tmp_path/f"{o}.json", plain(name=o))) for o in ("one", "two"))
+    spent = {o["name"]: o for o in campaign(first, lambda *_: banks, tmp_path/"out")["jobs"]}["one"]
+    assert [o["name"] for o in campaign(second, lambda *_: banks, tmp_path/"out")["jobs"]] == ["two"]
+    there = {o["name"]: o for o in campaign(first, lambda *_: banks, tmp_path/"out", Machine(until=time.time() - 1))["jobs"]}
+    assert there == dict(one=spent) and spent["minutes"] > 0
+    for odd in (dict(jobs=None), dict(jobs=[dict(name=[]), 3, dict(name="one", minutes="x")])):
+        (tmp_path/"out/campaign.json").write_text(json.dumps(odd))
+        assert campaign(first, lambda *_: banks, tmp_path/"out", Machine(until=time.time() - 1))["jobs"][0]["minutes"] == 0
+
+def test_what_a_finished_job_should_have_left(banks, tmp_path):
+    jobs = read_plan(write(tmp_path/"plan.json", plain(name="base"), plain(name="on", backbone="base")))
+    campaign(jobs[:1], lambda *_: banks, tmp_path/"out")
+    (tmp_path/"out/base/pretrain.safetensors").unlink()
+    record = {o["name"]: o for o in campaign(jobs, lambda *_: banks, tmp_path/"out")["jobs"]}
+    assert record["base"]["state"] == "done" and record["on"]["state"] == "failed" and record["on"]["why"].endswith("base/pretrain.safetensors, which is missing")
+
+def test_published_weights_are_not_replaced_by_others(whole, tmp_path):
+    publish(whole[0]/"toy-s0", tmp_path/"w")
+    (tmp_path/"w/README.md").write_text("mine")
+    publish(whole[0]/"toy-s0", tmp_path/"w")
+    before = sha256(tmp_path/"w/pretrain.safetensors")
+    with pytest.raises(BadInput, match="holds the weights of another run: move them away first"): publish(whole[0]/"toy-s1", tmp_path/"w")
+    assert (tmp_path/"w/README.md").read_text() == "mine" and sha256(tmp_path/"w/pretrain.safetensors") == before
 
 def test_not_published(whole, tmp_path):
     with pytest.raises(BadInput, match="no finished run"): publish(tmp_path, tmp_path/"w")

@@ -58,6 +58,15 @@ def refused(capsys, words, command=mtl_run, **arguments):
     (dict(seed=2**70), "seed"),
     (dict(preset="paper", shots="11", query=5), "needs 22"),
     (dict(backbone="nowhere.safetensors"), "nowhere"),
+    (dict(backbone=""), "--backbone was given nothing"),
+    (dict(equal_time=""), "--equal-time was given nothing"),
+    (dict(root=""), "--root was given nothing"),
+    (dict(set="inner=[1e308, 5]"), "inner must be a rate from 0 to 1000"),
+    (dict(set="hard.1=-1"), "hard must give numbers of tasks by shot"),
+    (dict(set="phase1.augment.turn=1"), "an augmentation has only pad, flip, jitter, zoom"),
+    (dict(set="select=10000000"), "select must be from 2 to 1,000,000"),
+    (dict(set='phase1.lr="0.1"'), "lr must be a number, got"),
+    (dict(set="extras.generations=2; extras.temperature=Infinity"), "temperature must be above 0, and at most 1000"),
 ])
 def test_options(pictures, capsys, arguments, words):
     refused(capsys, words, data=str(pictures), out="out", **arguments)

@@ -9,6 +9,7 @@ import torch
 
 from mtl_nb.checkpoints import RunFolder, load, save
 from mtl_nb.data import BadInput, stream
+from mtl_nb.devices import Machine
 from mtl_nb.episodes import TaskShape
 from mtl_nb.experiments import run
 from mtl_nb.glyphs import glyphs
@@ -52,7 +53,7 @@ def whole(banks, recipe, tmp_path_factory):
 def same(a, b): return [r["correct"] for r in a["rows"]] == [r["correct"] for r in b["rows"]]
 
 
-@pytest.mark.parametrize("after", range(1, 9))
+@pytest.mark.parametrize("after", range(1, 11))
 def test_killed_and_resumed(banks, recipe, whole, tmp_path, monkeypatch, after):
     with killed_after(after, monkeypatch): run(recipe, banks, tmp_path/"run")
     results, (expected, out) = run(recipe, banks, tmp_path/"run", resume=True), whole
@@ -71,6 +72,60 @@ def test_backbone_of_another_run(banks, recipe, whole, tmp_path):
     results, out = whole
     again = run(recipe, banks, tmp_path/"run", backbone=out/"pretrain.safetensors")
     assert same(again, results) and again["recipe"]["backbone"] and again["recipe_sha256"] != results["recipe_sha256"]
+
+
+def test_a_backbone_brings_its_phase_1(banks, recipe, whole, tmp_path):
+    theta = whole[1]/"pretrain.safetensors"
+    other = replace(recipe, preset="quick", methods=(), widths=(8, 8, 8, 8), phase1=replace(recipe.phase1, epochs=7))
+    again = run(other, banks, tmp_path/"run", backbone=theta)
+    assert again["recipe"]["widths"] == [4, 4, 4, 4] and again["recipe"]["phase1"]["epochs"] == 2 and again["recipe"]["preset"] == "quick; phase1.epochs=2, widths=[4, 4, 4, 4]"
+    assert again["theta"] == whole[0]["theta"] == again["recipe"]["backbone"]   # one phase 1, and the records say so
+    tensors, record = load(theta)
+    save(tmp_path/"old.safetensors", tensors, {k: v for k, v in record.items() if k != "training"})   # as files were written before they told
+    assert run(replace(recipe, methods=()), banks, tmp_path/"old", backbone=tmp_path/"old.safetensors")["recipe"]["phase1"]["epochs"] == 2
+    with pytest.raises(BadInput, match=r"has widths \[4, 4, 4, 4\], the recipe widths \[8, 8, 8, 8\]: choose the preset"): run(other, banks, tmp_path/"no", backbone=tmp_path/"old.safetensors")
+    assert not (tmp_path/"no").exists()
+
+
+def test_classes_that_the_backbone_knows_are_no_exam(banks, recipe, whole, tmp_path):
+    met = dict(banks, test=glyphs(0)["train"].subset(range(5, 10)))   # the first of them is the last of the base classes
+    with pytest.raises(BadInput, match="was trained on 1 of the 5 classes of 'test'"): run(recipe, met, tmp_path/"run", backbone=whole[1]/"pretrain.safetensors")
+    assert not (tmp_path/"run").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(banks, recipe, whole, tmp_path):
+    tensors, record = load(whole[1]/"pretrain.safetensors")
+    tensors["blocks.0.conv1.weight"][0, 0, 0, 0] = math.nan
+    save(tmp_path/"nan.safetensors", tensors, record)
+    with pytest.raises(BadInput, match="not finite: blocks.0.conv1.weight"): run(recipe, banks, tmp_path/"run", backbone=tmp_path/"nan.safetensors")
+
+
+def test_killed_between_the_weights_and_the_last_state(banks, recipe, whole, tmp_path, monkeypatch):
+    "The weights are there, and the log that goes with them has been kept before, however rarely states are."
+    import mtl_nb.experiments as module
+    rare = Machine(rest=1e9)
+    def short(path, *args):
+        save(path, *args)
+        if path.name.startswith("mtl-1shot"): raise Killed
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(module, "save", short)
+        run(recipe, banks, tmp_path/"run", rare)
+    results = run(recipe, banks, tmp_path/"run", rare, resume=True)
+    assert same(results, whole[0]) and results["curves"] == whole[0]["curves"] and (tmp_path/"run/log.jsonl").read_text() == (whole[1]/"log.jsonl").read_text()
+
+
+def test_what_was_taken_out_of_a_run_is_done_again(banks, recipe, whole, tmp_path, monkeypatch):
+    with killed_after(7, monkeypatch): run(recipe, banks, tmp_path/"run")
+    (tmp_path/"run/mtl-1shot.safetensors").unlink()
+    results = run(recipe, banks, tmp_path/"run", resume=True)
+    assert same(results, whole[0]) and sorted((tmp_path/"run/log.jsonl").read_text().split()) == sorted((whole[1]/"log.jsonl").read_text().split())
+
+
+def test_results_of_another_run_are_not_read_back(banks, recipe, whole, tmp_path, monkeypatch):
+    with killed_after(1, monkeypatch): run(recipe, banks, tmp_path/"run")
+    for text in (json.dumps(whole[0] | dict(recipe_sha256="0"*64)), "{}"):
+        (tmp_path/"run/results.json").write_text(text)
+        with pytest.raises(BadInput, match="results of another run"): run(recipe, banks, tmp_path/"run", resume=True)
 
 
 def test_budgets_are_equal(whole):
@@ -141,7 +196,7 @@ def test_equal_time(whole, banks, tmp_path):
     assert [r["method"] for r in again["rows"]] == ["head only, equal time"] and again["rows"][0]["exam"] == results["rows"][0]["exam"]
 
 
-@pytest.mark.parametrize("where, value", [("rows", [1, 2]), ("rows", [{}]), ("seconds", None), ("seconds", {"pretrain": "x"}), ("recipe.phase1.epochs", 0), ("recipe.phase1.epochs", "six"),
+@pytest.mark.parametrize("where, value", [("rows", [1, 2]), ("rows", [{}]), ("rows", None), ("seconds", None), ("seconds", {"pretrain": "x"}), ("seconds", {"pretrain": -1}), ("seconds", {"pretrain": 1e300}), ("seconds", {"pretrain": math.nan}), ("seconds", {"pretrain": True}), ("recipe.phase1.epochs", 0), ("recipe.phase1.epochs", "six"),
     ("recipe.shots", "1,5"), ("recipe.size", "big"), ("recipe.widths", []), ("recipe.backbone", "abc"), ("recipe", None)])
 def test_a_damaged_record_has_no_equal(whole, where, value):
     results = json.loads(json.dumps(whole[0]))

@@ -11,6 +11,7 @@ from mtl_nb.data import BadInput
 from mtl_nb.one_change import additions
 from mtl_nb.recipes import preset
 from mtl_nb.results import PAPER, beside, deviations, differences, figure4, report, table1
+from mtl_nb.stronger import Extras
 
 
 def row(method, right, seed=0, shot=1, exam=None, split="test", protocol="standard", query=15, **more):
@@ -117,6 +118,35 @@ def test_verdicts():
     assert over(.01) == "ahead in this run" and over(-.01) == "behind in this run" and over(.0005) == "no difference shown in this run"
     assert over(.010, .0101) == "ahead in these 2 runs" and over(.01, .02) == "no difference shown in these 2 runs" # t is 12.7
     assert Cell.over([(0., 0.)], phases=1, files=("a",)).verdict == "the very same answers" and Cell().verdict == "not yet run"
+
+
+def test_one_backbone_is_known_by_its_weights(write):
+    "Seed 0 trained it, seed 1 was given it, seed 2 has its own: two phase 1s."
+    write("s0.json", [row("head only", right(40)), row("MTL", right(40) + 1)], theta="f00d")
+    write("s1.json", [row("head only", right(40), 1), row("MTL", right(40) + 1, 1)], seed=1, recipe=dict(backbone="f00d"), theta="f00d")
+    folder = write("s2.json", [row("head only", right(40), 2), row("MTL", right(40) + 1, 2)], seed=2, theta="beef")
+    c = gain(rows_at(read_results(folder), "fc100", "small"), "MTL", "head only", 1)
+    assert (c.seeds, c.phases, c.verdict) == (3, 2, "ahead in these 3 runs")
+
+
+@pytest.mark.parametrize("odd", [dict(seed=7), dict(way=10**30), dict(query=0), dict(seconds="x")])
+def test_rows_that_cannot_be_are_refused(write, odd):
+    folder = write("a.json", [row("MTL", right(40)) | odd])
+    refused(lambda: read_results(folder), "a.json is damaged", next(iter(odd)))
+
+
+def test_more_than_one_change_is_no_comparison(write):
+    write("fc100-small-val-s0.json", [row("head only", right(40), split="val")])
+    folder = changed_run(write, "a.json", "extras.mixup=0.2", [row("head only", right(43), split="val")], extras=Extras(mixup=.2))
+    assert len(additions(read_results(folder), "fc100").rows) == 2
+    changed_run(write, "a.json", "extras.mixup=0.2", [row("head only", right(43), split="val")], extras=Extras(mixup=.2), size=84)
+    refused(lambda: additions(read_results(folder), "fc100"), "a.json", "in more than its name tells: in size")
+    refused(lambda: additions(read_results(folder), "fc100", "nosuch"), "no run of 'nosuch' on 'fc100' is recorded: there are small")
+
+
+def test_shots_that_are_not_shown_are_said(write):
+    folder = write("a.json", [row("head only", right(40)), row("head only", right(40), shot=3)])
+    assert "also recorded, and not shown: 3-shot" in repr(table1(read_results(folder), "fc100", "small"))
 
 
 def test_seeds_that_agree_by_chance_have_the_interval_of_their_tasks(write):
