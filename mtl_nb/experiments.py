@@ -74,6 +74,7 @@ def save_backbone(
     recipe:Recipe,
     seconds:float, # that phase 1 took
     machine:Machine=Machine(), # where Θ is
+    met:list[str]=(), # further classes that Θ was trained on, elsewhere
 ) -> None:
     "Θ and, when features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
@@ -81,8 +82,9 @@ def save_backbone(
         some = torch.cat([o[:50] for o in base.by_class])
         part = ImageBank(base.x[some.to(base.x.device)], base.y[some], base.names, base.hashes[some])
         tensors["centre"] = features(net, part, device=machine.device, team=machine.team).mean(0)
-    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training))
+    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training, **dict(met=met) if met else {}))
 
+# %% ../nbs/18_experiments.ipynb #0dc29175
 def _given(source, recipe, banks):
     "The recipe of a run whose backbone is taken from a file: phase 1 as the file tells it, where it does."
     record, mine = read_backbone(source)[2], recipe.training
@@ -94,7 +96,7 @@ def _given(source, recipe, banks):
 def _adopt(source, path, base, recipe, machine):
     "Take a backbone from another run in place of phase 1; its centre is measured on this run's base classes."
     net, _, record = read_backbone(source, machine.device)
-    save_backbone(path, net, base, recipe, record.get("seconds", 0.), machine)
+    save_backbone(path, net, base, recipe, record.get("seconds", 0.), machine, sorted({*record.get("classes", ()), *record.get("met", ())} - set(base.names)))
 
 # %% ../nbs/18_experiments.ipynb #e0b965f4
 def support_copies(

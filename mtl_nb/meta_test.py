@@ -47,7 +47,7 @@ def check_new(
     split:str, # their split's name
 ) -> None: # raises `BadInput` when phase 1 has met some of them
     "Refuse an exam on classes that the backbone was trained on; classes are known by their names."
-    if met := sorted(set(record.get("classes", ())) & set(bank.names)):
+    if met := sorted({*record.get("classes", ()), *record.get("met", ())} & set(bank.names)):
         raise BadInput(f"this backbone was trained on {len(met)} of the {len(bank.names)} classes of '{split}', such as '{met[0]}', and an exam is on new ones (if only the names are the same, rename the folders)")
 
 # %% ../nbs/15_meta_test.ipynb #21ead5bb
