@@ -179,8 +179,7 @@ def plot_curves(
         b.plot([r["tasks"] for r in mine], [100*(r["val"] - mine[0]["val"]) for r in mine], "--" if "5shot" in name else "-", marker=".",
                color=colors[name.rpartition("-")[0]], label=name)
     b.axhline(0, color="k", lw=.6); b.set(title="Phase 2, on val", xlabel="tasks seen", ylabel="gain in accuracy, points")
-    for ax, held, out in ((a, one, 0), (b, two, beside)):
-        if held: ax.legend(frameon=False, **(dict(fontsize=6, ncols=out, loc="upper left", bbox_to_anchor=(1, 1)) if out else dict(fontsize=8)))
+    for ax, out in [(a, 0)]*bool(one) + [(b, beside)]*bool(two): ax.legend(frameon=False, **(dict(fontsize=6, ncols=out, loc="upper left", bbox_to_anchor=(1, 1)) if out else dict(fontsize=8)))
     return fig
 
 # %% ../nbs/18_experiments.ipynb #7f96dc5c
