@@ -74,6 +74,7 @@ def by_classes(
     tasks, classes = classes_of(pairs[0][0])
     return over_classes(d, tasks[:n], classes)
 
+# %% ../nbs/19_other_classes.ipynb #2da4778a
 def class_table(
     runs:list[dict], # from `read_results`
     pairs:list[tuple[str,str]], # labels of rows: whose gain, over whom
