@@ -24,7 +24,7 @@ from .data import BadInput
 from .devices import Machine, TimeUp, at_the_door, join, pick_device
 from .experiments import run
 from .meta_test import backbone_of, table
-from .recipes import Recipe, changed, equal_time, from_record, preset
+from .recipes import PHASE1, Recipe, changed, equal_time, from_record, preset
 
 # %% ../nbs/19_campaign.ipynb #c1be3ae2
 @dataclass(frozen=True)
@@ -68,8 +68,6 @@ def _methods(asked): # the methods that a job asks for, as they are published: a
     return tuple(dict.fromkeys(m for o in map(str, asked) for m in ((find_method(o).published,) if "," in o else rows_of(o)) if m != "head only"))
 
 # %% ../nbs/19_campaign.ipynb #ae2ffe21
-_PHASE1 = ("widths", "drop", "phase1", "extras") # the fields that a backbone was trained by
-
 def _recipe(entry, name, seed): # the recipe that an entry asks for
     if "preset" not in entry: raise BadInput("it needs a 'preset'")
     given, changes = {k: f(entry[k]) for k, f in (("shots", tuple), ("methods", _methods)) if k in entry}, entry.get("set", {})
@@ -92,8 +90,8 @@ def _job(entry, seed, suffix, earlier): # the job of an entry for one of its see
     recipe = _recipe(entry, data if data in SETS else Path(data).expanduser().resolve().name, seed)
     if "backbone" not in entry: return Job(entry["name"] + suffix, data, recipe, **more)
     to, said = other("backbone"), {k.split(".")[0] for k in entry.get("set", {})}
-    if odd := [k for k in _PHASE1 if k in said and getattr(recipe, k) != getattr(to.recipe, k)]: raise BadInput(f"its backbone is that of '{to.name}', which has other {', '.join(odd)}: leave that out")
-    return Job(entry["name"] + suffix, data, replace(recipe, **{k: getattr(to.recipe, k) for k in _PHASE1}), backbone=to.name, **more)
+    if odd := [k for k in PHASE1 if k in said and getattr(recipe, k) != getattr(to.recipe, k)]: raise BadInput(f"its backbone is that of '{to.name}', which has other {', '.join(odd)}: leave that out")
+    return Job(entry["name"] + suffix, data, replace(recipe, **{k: getattr(to.recipe, k) for k in PHASE1}), backbone=to.name, **more)
 
 # %% ../nbs/19_campaign.ipynb #2bb274b4
 def read_plan(

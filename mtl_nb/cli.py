@@ -26,7 +26,7 @@ from .episodes import TaskShape
 from .experiments import run, support_copies
 from .meta_test import Protocol, backbone_of, check_new, read_backbone, row, table
 from .meta_train import MTL
-from .recipes import Recipe, changed, from_record
+from .recipes import PHASE1, Recipe, changed, from_record
 from .recipes import equal_time as longer_phase_one
 from .recipes import preset as make_recipe
 
@@ -62,6 +62,10 @@ def settings(
         try: out[name.strip()] = json.loads(value)
         except ValueError: raise BadInput(f"--set takes NAME=VALUE with semicolons between, a value as in JSON (40, 0.2, true, null, [1, 5]); got '{(name + is_ + value).strip()}'") from None
     return out
+
+def _not_empty(**given): # such as `--backbone "$UNSET"`
+    for name, value in given.items():
+        if value == "": raise BadInput(f"--{name.replace('_', '-')} was given nothing")
 
 _OPTIONS = ("way", "shots", "query", "tasks", "exam", "size", "seed", "methods", "data", "preset", "backbone")
 
@@ -106,7 +110,7 @@ def mtl_run(
 ):
     "Pre-train, meta-train by one method or several, and examine on classes never seen."
     def command():
-        if empty := [o for o, v in (("backbone", backbone), ("equal-time", equal_time), ("out", out), ("root", root)) if v == ""]: raise BadInput(f"--{empty[0]} was given nothing")
+        _not_empty(backbone=backbone, equal_time=equal_time, out=out, root=root)
         name = _named(data, root)
         given, asked = {k: v for k, v in dict(tasks=tasks, size=size, exam=exam).items() if v is not None}, settings(set)
         recipe, dev = make_recipe(preset, name, methods=rows_of(methods), way=way, shots=numbers(shots, "--shots"), query=query, seed=seed, **given), device_of(device)
@@ -116,7 +120,7 @@ def mtl_run(
         if equal_time and odd: raise BadInput(f"--equal-time takes the whole recipe from the record: leave out --{', --'.join(odd)}")
         if equal_time: record = read_json(equal_time); recipe = longer_phase_one(record)
         if recipe.data != name: raise BadInput(f"--equal-time: that run is on '{recipe.data}', --data is '{name}'")
-        if backbone and (own := [k for k in asked if k.split(".")[0] in ("phase1", "extras", "widths", "drop")]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
+        if backbone and (own := [k for k in asked if k.split(".")[0] in PHASE1]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
         if backbone and not Path(backbone).is_file(): raise BadInput(f"--backbone: no such file: {backbone}")
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
         try: machine = Machine(dev, join(dev), at_once, compile, rest=15.)
@@ -228,9 +232,9 @@ def mtl_results(
     "Tables 1 to 3 and Figure 4 of the paper, and what the runs say, from recorded runs alone."
     def command():
         from mtl_nb.results import report
+        _not_empty(out=out)
         if not any(Path(records).glob("*.json")): raise BadInput(f"--records: there are no records in {records}: put the results.json of runs there, each under a name of its own")
         if out is None: print(report(Path(records))); return
-        if out == "": raise BadInput("--out was given nothing")
         folder = Path(out)
         try: folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise BadInput(f"--out: cannot write to {out}: {e.strerror}") from None

@@ -11,7 +11,7 @@ __all__ = ['T975', 'EQUAL', 'answers', 'read_results', 'same_exam', 'difference'
 # %% ../nbs/19_compare.ipynb #2c22c639
 import base64
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from .ablations import ALIASES
 from .checkpoints import read_json
 from .data import BadInput
 from .evaluation import mean_ci, paired_diff
-from .recipes import ASKED, from_record
+from .recipes import differing, from_record
 
 # %% ../nbs/19_compare.ipynb #d88ae278
 def answers(
@@ -32,6 +32,8 @@ def answers(
     try: raw = np.frombuffer(base64.b64decode(row["correct"], validate=True), "<u2")
     except (KeyError, TypeError, ValueError): raise BadInput(f"{row.get('file', 'a record')}: the answers of '{row.get('method')}' are damaged") from None
     return torch.from_numpy(raw.astype(np.int64))
+
+def _score(row): return answers(row).double()/(row["way"]*row["query"]) # of each task
 
 # %% ../nbs/19_compare.ipynb #219c3a53
 _KEYS = dict(method=str, split=str, way=int, shot=int, query=int, tasks=int, accuracy=int|float, protocol=str, exam=str, seed=int, correct=str)
@@ -87,7 +89,7 @@ def difference(
 ) -> tuple[float,float]: # the mean of a - b over their tasks, as a fraction, and the half-width of its 95 % interval
     "The paired difference of two rows on the tasks that both have sat; different exams are refused with `BadInput`."
     same_exam([a, b])
-    return paired_diff(*(answers(r).double()/(r["way"]*r["query"]) for r in (a, b)))
+    return paired_diff(_score(a), _score(b))
 
 # %% ../nbs/19_compare.ipynb #7c4150e5
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) # 0.975 quantiles of Student's t with 1, 2, ... degrees of freedom; beyond, the last: a little wide
@@ -106,6 +108,7 @@ class Cell:
     files:tuple[str,...]=() # their names
     signed:bool=False # is it a difference?
     split:str="" # of the exam
+    scores:Tensor|None=field(default=None, repr=False, compare=False) # float64 [T] of each task, the mean over the seeds
     @classmethod
     def over(cls,
         parts:list[tuple[float,float]], # mean and half-width of each seed, over its tasks
@@ -121,24 +124,17 @@ class Cell:
     @property
     def verdict(self) -> str: # of a difference
         "Words for it. That something helps, or hurts, is said of test after three runs with three phase 1s; on val, whose classes chose when to stop, it is ahead."
-        if not self.files: return "not yet run"
+        if not self.files or self.mean == self.ci == 0: return "the very same answers" if self.files else "not yet run"
         sure, n, side = min(self.seeds, self.phases) >= 3, self.seeds, (self.mean > self.ci) - (self.mean < -self.ci)
-        if self.mean == self.ci == 0: return "the very same answers"
         if sure: return ("no difference shown", *(("ahead on val", "behind on val") if self.split == "val" else ("helps on these classes", "hurts on these classes")))[side] + f" ({n} seeds)"
         return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
     def __str__(self):
         if not self.files: return "not yet run"
-        if self.signed: return f"{_points(self.mean):+.2f} ±{_points(self.ci):.2f}" + f" (of {', '.join(f'{_points(m):+.2f}' for m in self.each)})"*(self.seeds > 1) + f", {self.verdict}"
-        return f"{_points(self.mean):.2f} ±{_points(self.ci):.2f}" + f" ({self.seeds} seeds)"*(self.seeds > 1)
+        of = f" (of {', '.join(f'{_points(m):+.2f}' for m in self.each)})" if self.signed else f" ({self.seeds} seeds)"
+        return f"{_points(self.mean):{'+' if self.signed else ''}.2f} ±{_points(self.ci):.2f}" + of*(self.seeds > 1) + f", {self.verdict}"*self.signed
 
 # %% ../nbs/19_compare.ipynb #367310f8
 EQUAL = "head only, equal time"
-
-def _decides(run):
-    "What of a recipe has to agree between the runs of one table."
-    r = asdict(run["recipe"])
-    r |= {f"{p}.{k}": v for p in ("phase1", "phase2") for k, v in r.pop(p).items() if k != "seed" and (p, k, run["recipe"].head_label) != ("phase1", "epochs", EQUAL)}
-    return {k: v for k, v in r.items() if k not in (*ASKED, "seed", "head_label", "backbone")}
 
 def of_one_recipe(
     runs:list[dict], # from `read_results`
@@ -148,8 +144,8 @@ def of_one_recipe(
     "The runs that may share a table; recipes that do not go together are refused with `BadInput`."
     mine = sorted((r for r in runs if (r["recipe"].data, r["recipe"].preset) == (data, preset)), key=lambda r: r["recipe"].head_label == EQUAL)
     for r in mine[1:]:
-        a, b = _decides(mine[0]), _decides(r)
-        if other := [k for k in a if k in b and a[k] != b[k]]: raise BadInput(f"{mine[0]['file']} and {r['file']} are both {data} {preset}, but do not belong in one table: their recipes differ in {', '.join(other)}")
+        stretched = EQUAL in (mine[0]["recipe"].head_label, r["recipe"].head_label)
+        if other := [k for k in differing(mine[0]["recipe"], r["recipe"]) if not (stretched and k == "phase1.epochs")]: raise BadInput(f"{mine[0]['file']} and {r['file']} are both {data} {preset}, but do not belong in one table: their recipes differ in {', '.join(other)}")
     return mine
 
 # %% ../nbs/19_compare.ipynb #44f96b79
@@ -181,11 +177,9 @@ def places(
     return list(dict.fromkeys((r["recipe"].data, r["recipe"].preset, x["split"]) for r in runs for x in r["rows"] if not r["recipe"].changes))
 
 # %% ../nbs/19_compare.ipynb #2aff6a28
-def _score(row): return answers(row).double()/(row["way"]*row["query"]) # of each task
-
 def _cell(seeds, phases, rows, **more): # from each seed's numbers, task by task, and the rows they come from
-    n = min(map(len, seeds), default=0)
-    return Cell.over([mean_ci(x) for x in seeds], mean_ci(torch.stack([x[:n] for x in seeds]).mean(0))[1] if len(seeds) > 1 else 0., phases=len(phases), tasks=min((r["tasks"] for r in rows), default=0),
+    mean = torch.stack([x[:min(map(len, seeds))] for x in seeds]).mean(0) if seeds else None
+    return Cell.over([mean_ci(x) for x in seeds], mean_ci(mean)[1] if len(seeds) > 1 else 0., scores=mean, phases=len(phases), tasks=min((r["tasks"] for r in rows), default=0),
         files=tuple(dict.fromkeys(r["file"] for r in rows)), split=rows[0]["split"] if rows else "", **more)
 
 def accuracy_at(

@@ -24,12 +24,32 @@ from .data import BadInput, ImageBank
 from .devices import ALONE, Team
 from .episodes import TaskShape
 from .evaluation import RATES, STEPS, Exam, exam_path, features, make_exam
-from .meta_test import Protocol, Result, backbone_of, read_backbone
+from .meta_test import Protocol, Result, backbone_of, check_way, read_backbone
 from .meta_train import MTL, MetaTrainConfig, meta_train
 from .other_methods import METHODS, answers
 from .resnet12 import ResNet12
 
-# %% ../nbs/18_contenders.ipynb #c94139d8
+# %% ../nbs/18_contenders.ipynb #5bb2327a
+class _Wider: # a bank with c more images for each one; number i of copy c stands at c·n + i
+    def __init__(self, bank, more): self.bank, self.more = bank, more # [c,n,C*H*W], normalised
+    def take(self, idx):
+        n, at = len(self.bank), idx.reshape(-1)
+        x, copy = self.bank.take(at % n), at.div(n, rounding_mode="floor")
+        there = copy > 0
+        x[there.to(x.device)] = self.more[copy[there] - 1, at[there] % n].view(-1, *x.shape[1:]).to(x.device)
+        return x.reshape(*idx.shape, *x.shape[1:])
+
+def _with_copies(bank, exam, mirrored, extra): # images with their copies, and the exam with these in its support sets
+    if mirrored or not extra: return bank, exam
+    more, k = extra(lambda x: x.flatten(1), bank).cpu(), exam.shape.k_shot
+    support = [exam.idx[:, :, :k] + c*len(bank) for c in range(len(more) + 1)]
+    return _Wider(bank, more), replace(exam, idx=torch.cat([*support, exam.idx[:, :, k:]], 2), shape=replace(exam.shape, k_shot=k*len(support)))
+
+def _on_images(right): # for a method that asks for images: copies come as such
+    def with_copies(model, bank, exam, rates, steps, mirrored, team, extra=None): return right(model, *_with_copies(bank, exam, mirrored, extra), rates, steps, mirrored, team)
+    return with_copies
+
+# %% ../nbs/18_contenders.ipynb #79fa6f06
 def _made_once(model, bank, mirrored, team, extra): # features of all pictures, and of what is to join the support sets
     place = dict(device=model.eval().base.weight.device, team=team)
     more = features(model.embed, bank, mirror=True, **place) if mirrored else extra and extra(model.embed, bank)
@@ -43,39 +63,23 @@ def _means(model, bank, exam, rates, steps, mirrored, team, extra=None):
     feats, extra = _made_once(model, bank, mirrored, team, extra)
     return answers(feats, exam, model.base, extra, team=team)[None, None]
 
-def _within(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    bank, exam = _with_copies(bank, exam, mirrored, extra)
+@_on_images
+def _within(model, bank, exam, rates, steps, mirrored, team):
     seen, there = task_features(model, bank, exam, mirrored=mirrored, team=team)
     return torch.stack([exam_path(seen, there, model.base, lr, list(steps), team=team) for lr in rates])
 
-def _finetuned(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    bank, exam = _with_copies(bank, exam, mirrored, extra)
+@_on_images
+def _finetuned(model, bank, exam, rates, steps, mirrored, team):
     return torch.stack([finetune(model, bank, exam, lr, list(steps), mirrored=mirrored, team=team) for lr in rates])
 
-def _adapted(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    bank, exam = _with_copies(bank, exam, mirrored, extra)
+@_on_images
+def _adapted(model, bank, exam, rates, steps, mirrored, team):
     call = lambda x, shape: torch.cat([model.path(x, shape, list(steps), lr) for lr in rates])
     return exam_images(model, bank, exam, 10, mirrored, team, call).unflatten(0, (len(rates), len(steps)))
 
-def _pictures(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    bank, exam = _with_copies(bank, exam, mirrored, extra)
+@_on_images
+def _pictures(model, bank, exam, rates, steps, mirrored, team):
     return exam_images(model, bank, exam, mirrored=mirrored, team=team)[None, None]
-
-# %% ../nbs/18_contenders.ipynb #5bb2327a
-class _Wider: # a bank with c more images for each one; number i of copy c stands at c·n + i
-    def __init__(self, bank, more): self.bank, self.more = bank, more # [c,n,C*H*W], normalised
-    def take(self, idx):
-        n, at = len(self.bank), idx.reshape(-1)
-        x, copy = self.bank.take(at % n), at.div(n, rounding_mode="floor")
-        own, there = (copy > 0).nonzero()[:, 0].to(x.device), copy > 0
-        if there.any(): x[own] = self.more[copy[there] - 1, at[there] % n].view(-1, *x.shape[1:]).to(x.device)
-        return x.reshape(*idx.shape, *x.shape[1:])
-
-def _with_copies(bank, exam, mirrored, extra): # images with their copies, and the exam with these in its support sets
-    if mirrored or not extra: return bank, exam
-    more, k = extra(lambda x: x.flatten(1), bank).cpu(), exam.shape.k_shot
-    support = [exam.idx[:, :, :k] + c*len(bank) for c in range(len(more) + 1)]
-    return _Wider(bank, more), replace(exam, idx=torch.cat([*support, exam.idx[:, :, k:]], 2), shape=replace(exam.shape, k_shot=k*len(support)))
 
 # %% ../nbs/18_contenders.ipynb #b063e535
 def inner_of(
@@ -178,8 +182,8 @@ def sit(self:Contender,
     "The exam."
     side, there = getattr(model.backbone, "size", 0), list(bank.x.shape[2:])
     if side and there != [side]*2: raise BadInput(f"this {self.published} knows pictures of {side} x {side} pixels only, these have {there[0]} x {there[1]}: set --size {side}")
-    out, own, n = [], inner_of(model), getattr(model.base, "n_way", None) or len(model.base.weight)
-    if odd := [p.shape.n_way for p in protocols if p.shape.n_way != n]: raise BadInput(f"a head of {n} classes cannot sit a {odd[0]}-way exam")
+    for p in protocols: check_way(model, p.shape)
+    out, own = [], inner_of(model)
     for p in protocols if self.cached else protocols[:1]:
         exam = make_exam(bank, p.shape, p.seed, min(p.tasks, self.most), split)
         lr, steps = (mine if None in (mine, asked) else asked for mine, asked in zip(own, (p.lr, p.steps))) # none is none under any protocol

@@ -82,7 +82,7 @@ def save_backbone(
         some = torch.cat([o[:50] for o in base.by_class])
         part = ImageBank(base.x[some.to(base.x.device)], base.y[some], base.names, base.hashes[some])
         tensors["centre"] = features(net, part, device=machine.device, team=machine.team).mean(0)
-    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training, **dict(met=met) if met else {}))
+    save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training, met=list(met)))
 
 # %% ../nbs/18_experiments.ipynb #0dc29175
 def _given(source, recipe, banks):

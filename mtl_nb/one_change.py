@@ -9,11 +9,10 @@ __all__ = ['additions']
 
 # %% ../nbs/19_one_change.ipynb #0024479c
 import re
-from dataclasses import asdict, replace
 
 from .compare import EQUAL, Table, accuracy_at, gain, of_one_recipe, rows_at
 from .data import BadInput
-from .recipes import ASKED
+from .recipes import differing
 
 # %% ../nbs/19_one_change.ipynb #ee0a1a22
 def _minutes(runs, method, shots):
@@ -36,14 +35,12 @@ def _said(runs, data, name, shots):
 # %% ../nbs/19_one_change.ipynb #aee07ec3
 def _one_change(runs, data, name):
     "Refuse a record that differs from the preset as it is in more than its name tells; how many processes shared the work is no change."
-    fields = lambda r: {k: v for k, v in flat(asdict(replace(r, phase1=replace(r.phase1, shares=1)))).items() if k.split(".")[-1] not in (*ASKED, "preset", "seed", "backbone", "head_label")}
-    flat = lambda d, way="": {k: v for o, x in d.items() for k, v in (flat(x, f"{way}{o}.") if isinstance(x, dict) and x else {f"{way}{o}": x}).items()}
     mine = [r for r in runs if (r["recipe"].data, r["recipe"].origin) == (data, name) and r["recipe"].head_label != EQUAL]
     for base in (r for r in mine if not r["recipe"].changes):
         for r in mine:
-            a, b, told = fields(base["recipe"]), fields(r["recipe"]), {o.partition("=")[0] for o in re.split(r", (?=[a-z])", r["recipe"].changes)}
-            if odd := [k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not any(k == o or k.startswith(f"{o}.") or o.startswith(f"{k}.") or ".augment." in o and k.startswith(o.rpartition(".")[0]) for o in told)]:
-                raise BadInput(f"{r['file']} differs from {base['file']} in more than its name tells: in {', '.join(sorted(odd))}")
+            told = ["preset", "phase1.shares", *(o.partition("=")[0] for o in re.split(r", (?=[a-z])", r["recipe"].changes))]
+            covered = lambda k: any(k == o or k.startswith(f"{o}.") or o.startswith(f"{k}.") or ".augment." in o and k.startswith(o.rpartition(".")[0]) for o in told)
+            if odd := [k for k in differing(base["recipe"], r["recipe"]) if not covered(k)]: raise BadInput(f"{r['file']} differs from {base['file']} in more than its name tells: in {', '.join(sorted(odd))}")
 
 def _at_the_door(runs, data, method, shots, name):
     if not runs: return

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .compare import T975, Table, answers, by_seed, gain, places, rows_at
+from .compare import T975, Table, gain, places, rows_at
 from .data import BadInput
 from .episodes import TaskShape, sample_tasks
 
@@ -66,13 +66,12 @@ def by_classes(
     k_shot:int, # K
 ) -> tuple[float,float,Tensor]|None: # as `over_classes`, of a - b as fractions, averaged over seeds; None: not recorded
     "The paired difference over classes; raises `BadInput` for an exam whose list is not known."
-    left, right = by_seed(rows, a, k_shot), by_seed(rows, b, k_shot)
-    pairs = [next(((x, y) for x in left[s] for y in right[s] if x["file"] == y["file"]), (left[s][0], right[s][0])) for s in left if s in right] # as `gain` takes them
-    if not pairs: return None
-    n = min(x["tasks"] for p in pairs for x in p)
-    d = torch.stack([(answers(x)[:n] - answers(y)[:n]).double()/(x["way"]*x["query"]) for x, y in pairs]).mean(0)
-    tasks, classes = classes_of(pairs[0][0])
-    return over_classes(d, tasks[:n], classes)
+    return _within(gain(rows, a, b, k_shot), rows, a, k_shot)
+
+def _within(cell, rows, method, k_shot): # of a gain of this method, which sat one exam in all of these rows
+    if cell.scores is None: return None
+    tasks, classes = classes_of(max((r for r in rows if (r["method"], r["shot"]) == (method, k_shot)), key=lambda r: r["tasks"]))
+    return over_classes(cell.scores, tasks[:len(cell.scores)], classes)
 
 # %% ../nbs/19_other_classes.ipynb #2da4778a
 def class_table(
@@ -89,7 +88,7 @@ def class_table(
             for k in shots:
                 c = gain(rows, a, b, k)
                 if not c.files or c.mean == c.ci == 0: continue
-                try: mean, ci, without = by_classes(rows, a, b, k)
+                try: mean, ci, without = _within(c, rows, a, k)
                 except BadInput: body.append((f"{a} − {b}", ", ".join(p), f"{k}-shot", c, "list of classes not known", "", "")); continue
                 side = (mean > max(ci, c.ci)) - (mean < -max(ci, c.ci)) # clear of zero over seeds, or tasks, as well
                 word = ("not shown over classes", "ahead over classes", "behind over classes")[side] + ", on val"*(side and p[2] == "val")

@@ -13,7 +13,7 @@ from mtl_nb.contenders import CONTENDERS, find_method, inner_of, load_method, se
 from mtl_nb.data import BadInput, ImageBank
 from mtl_nb.devices import ALONE, Team
 from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.evaluation import make_exam
+from mtl_nb.evaluation import copies, make_exam
 from mtl_nb.experiments import run
 from mtl_nb.glyphs import glyphs
 from mtl_nb.hard_tasks import HardTasks
@@ -26,6 +26,8 @@ shape = TaskShape(5, 1, 2)
 RIVALS = [k for k, c in CONTENDERS.items() if c.slug.startswith(("maml", "proto", "cosine", "meta-b", "tadam"))]
 ROWS = [k for k in CONTENDERS if k not in RIVALS]
 LONG = ("MAML 4-conv + HT", "TADAM ResNet-12 + HT")
+
+def far(embed, bank): return copies(embed, bank, 2, dict(pad=3, jitter=.5))
 
 def start(method, net, **more): return method.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8, **more)
 
@@ -85,8 +87,7 @@ def test_order_of_the_recipe_holds_for_all(net):
 
 
 def test_copies_join_where_features_are_made_once(net, bank):
-    from mtl_nb.evaluation import copies
-    exam, far = make_exam(bank, shape, 1, 60), lambda embed, bank: copies(embed, bank, 2, dict(pad=3, jitter=.5))
+    exam = make_exam(bank, shape, 1, 60)
     for name in "mtl", "protonet":
         c = find_method(name)
         model, p = start(c, net), Protocol("standard", shape, 60)
@@ -98,8 +99,7 @@ def test_copies_join_where_features_are_made_once(net, bank):
 
 def test_copies_join_as_images_what_they_join_as_features(net, bank):
     "The whole network at rest, and prototypes through a network that no task turns: the same answers by either way."
-    from mtl_nb.evaluation import copies
-    exam, far = make_exam(bank, shape, 1, 40), lambda embed, bank: copies(embed, bank, 2, dict(pad=3, jitter=.5))
+    exam = make_exam(bank, shape, 1, 40)
     head, whole = (find_method(o) for o in ("update θ", "update [Θ;θ]"))
     right = lambda c, m, rates, extra: c.right(m, bank, exam, rates, (1, 3), False, ALONE, extra)
     a, b = start(head, net), start(whole, net)
@@ -112,12 +112,17 @@ def test_copies_join_as_images_what_they_join_as_features(net, bank):
 
 @pytest.mark.parametrize("name", ["maml-resnet-12", "maml-4-conv", "update-head-batch-statistics"])
 def test_copies_join_where_images_are_asked(name, net, bank):
-    from mtl_nb.evaluation import copies
-    exam, far = make_exam(bank, shape, 1, 40), lambda embed, bank: copies(embed, bank, 2, dict(pad=3, jitter=.5))
+    exam = make_exam(bank, shape, 1, 40)
     c = find_method(name)
     model = start(c, net)
     plain, more, mirrored = (c.right(model, bank, exam, c.rates[-1:], c.steps[:1], m, ALONE, e) for m, e in ((False, None), (False, far), (True, far)))
     assert not torch.equal(plain, more) and torch.equal(mirrored, c.right(model, bank, exam, c.rates[-1:], c.steps[:1], True, ALONE, None))
+
+
+@pytest.mark.parametrize("name", ["mtl", "protonet", "cosine-classifier", "tadam", "maml-resnet-12", "update-theta"])
+def test_an_exam_of_another_n_is_refused(name, net, bank):
+    c = find_method(name)
+    with pytest.raises(BadInput, match="the model answers 5-way tasks, the exam asks 3-way ones"): c.sit(start(c, net), bank, [Protocol("standard", TaskShape(3, 1, 2), 4)], "val")
 
 
 @pytest.mark.parametrize("label", ["MTL", "ProtoNet", "TADAM", "MAML 4-conv", "update [Θ;θ]", "update θ, batch statistics"])
