@@ -24,7 +24,7 @@ from .data import BadInput
 from .devices import Machine, TimeUp, at_the_door, join, pick_device
 from .experiments import run
 from .meta_test import backbone_of, table
-from .recipes import PHASE1, Recipe, changed, equal_time, from_record, preset
+from .recipes import PHASE1, Recipe, changed, equal_time, from_record, on_backbone, preset
 
 # %% ../nbs/19_campaign.ipynb #c1be3ae2
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _job(entry, seed, suffix, earlier): # the job of an entry for one of its see
     if "backbone" not in entry: return Job(entry["name"] + suffix, data, recipe, **more)
     to, said = other("backbone"), {k.split(".")[0] for k in entry.get("set", {})}
     if odd := [k for k in PHASE1 if k in said and getattr(recipe, k) != getattr(to.recipe, k)]: raise BadInput(f"its backbone is that of '{to.name}', which has other {', '.join(odd)}: leave that out")
-    return Job(entry["name"] + suffix, data, replace(recipe, **{k: getattr(to.recipe, k) for k in PHASE1}), backbone=to.name, **more)
+    return Job(entry["name"] + suffix, data, on_backbone(recipe, to.recipe.training), backbone=to.name, **more)
 
 # %% ../nbs/19_campaign.ipynb #2bb274b4
 def read_plan(
@@ -209,7 +209,8 @@ def overview(
     try:
         count = Counter(o["state"] for o in record["jobs"])
         for o in record["jobs"]:
-            spent = [f"{o['minutes']:.1f} min" + f" of about {o['stated'] or 0:g}"*bool(o["stated"])]*bool(o["minutes"]) + [f"{o['peak_gib'] or 0:.1f} GiB at most"]*bool(o["peak_gib"])
+            spent = [f"{o['minutes']:.1f} min" + (f" of about {o['stated']:g}" if o["stated"] else "")] if o["minutes"] else []
+            if o["peak_gib"]: spent.append(f"{o['peak_gib']:.1f} GiB at most")
             lines.append(f"{o['name']}: {', '.join([o['state'], *spent])}" + f" ({o['why']})"*bool(o["why"]))
             for key in dict.fromkeys((r["method"], r["protocol"], r["split"]) for r in o["rows"]):
                 cells = [(r["shot"], f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f" ({r['paired']['difference']:+.2f} ±{r['paired']['ci95']:.2f})" if r.get("paired") else ""))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .ablations import ALIASES
@@ -121,17 +122,21 @@ class Cell:
         return cls(x.mean().item(), parts[0][1] if n == 1 else max(shared, T975[min(n - 1, len(T975)) - 1]*x.std().item()/n**.5), tuple(x.tolist()), **more)
     @property
     def seeds(self) -> int: return len(self.each) # runs
-    @property
-    def verdict(self) -> str: # of a difference
-        "Words for it. That something helps, or hurts, is said of test after three runs with three phase 1s; on val, whose classes chose when to stop, it is ahead."
-        if not self.files or self.mean == self.ci == 0: return "the very same answers" if self.files else "not yet run"
-        sure, n, side = min(self.seeds, self.phases) >= 3, self.seeds, (self.mean > self.ci) - (self.mean < -self.ci)
-        if sure: return ("no difference shown", *(("ahead on val", "behind on val") if self.split == "val" else ("helps on these classes", "hurts on these classes")))[side] + f" ({n} seeds)"
-        return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
     def __str__(self):
         if not self.files: return "not yet run"
         of = f" (of {', '.join(f'{_points(m):+.2f}' for m in self.each)})" if self.signed else f" ({self.seeds} seeds)"
         return f"{_points(self.mean):{'+' if self.signed else ''}.2f} ±{_points(self.ci):.2f}" + of*(self.seeds > 1) + f", {self.verdict}"*self.signed
+
+# %% ../nbs/19_compare.ipynb #6db0c7d1
+@patch(as_prop=True)
+def verdict(self:Cell) -> str: # of a difference
+    "Words for it. That something helps, or hurts, is said of test after three runs with three phase 1s; on val, whose classes chose when to stop, it is ahead."
+    if not self.files: return "not yet run"
+    if self.mean == self.ci == 0: return "the very same answers"
+    n, side = self.seeds, (self.mean > self.ci) - (self.mean < -self.ci)
+    if min(n, self.phases) < 3: return ("no difference shown", "ahead", "behind")[side] + (" in this run" if n == 1 else f" in these {n} runs")
+    ahead, behind = ("ahead on val", "behind on val") if self.split == "val" else ("helps on these classes", "hurts on these classes")
+    return ("no difference shown", ahead, behind)[side] + f" ({n} seeds)"
 
 # %% ../nbs/19_compare.ipynb #367310f8
 EQUAL = "head only, equal time"

@@ -32,7 +32,7 @@ from .evaluation import copies, evaluate, features, make_exam, tune
 from .meta_test import Protocol, check_new, meta_test, paper_protocol, read_backbone, row, table
 from .meta_train import MTL, meta_state
 from .pretrain import pretrain, pretrain_state
-from .recipes import Recipe, changed, preset
+from .recipes import Recipe, on_backbone, preset
 from .resnet12 import ResNet12
 from .stronger import StrongClassifier, objective, with_blocks
 
@@ -87,11 +87,11 @@ def save_backbone(
 # %% ../nbs/18_experiments.ipynb #0dc29175
 def _given(source, recipe, banks):
     "The recipe of a run whose backbone is taken from a file: phase 1 as the file tells it, where it does."
-    record, mine = read_backbone(source)[2], recipe.training
+    record = read_backbone(source)[2]
     for split in dict.fromkeys(("val", recipe.exam)): check_new(record, banks[split], split)
-    odd = {k: v for k, v in record.get("training", {k: record[k] for k in ("widths", "drop")}).items() if mine.get(k, mine) != v}
-    if odd and "training" not in record: raise BadInput(f"the backbone {source} has {' and '.join(f'{k} {v}' for k, v in odd.items())}, the recipe {' and '.join(f'{k} {mine[k]}' for k in odd)}: choose the preset that it was trained by")
-    return replace(changed(recipe, odd) if odd else recipe, backbone=sha256(source))
+    if odd := [k for k in ("widths", "drop") if "training" not in record and record[k] != recipe.training[k]]: # an older file tells no more
+        raise BadInput(f"the backbone {source} has {' and '.join(f'{k} {record[k]}' for k in odd)}, the recipe {' and '.join(f'{k} {recipe.training[k]}' for k in odd)}: choose the preset that it was trained by")
+    return replace(on_backbone(recipe, record.get("training", {})), backbone=sha256(source))
 
 def _adopt(source, path, base, recipe, machine):
     "Take a backbone from another run in place of phase 1; its centre is measured on this run's base classes."

@@ -100,6 +100,7 @@ def test_what_a_plan_says(tmp_path):
     assert (a.recipe.seed, b.recipe.seed, b.recipe.phase1.seed) == (0, 2, 2)
     assert c.backbone == "good-s2" and c.recipe.copies == 2 and c.recipe.phase1 == b.recipe.phase1
     assert d.recipe.phase1 == a.recipe.phase1 and len(d.recipe.methods) == 11 # its phase 1 is that of its backbone; head only is there anyhow
+    assert (c.recipe.changes, d.recipe.changes) == ("copies=2, phase1.epochs=3", "phase1.epochs=3") # and its name says so
     assert e.equal_to == "good-s2" and e.recipe.methods == ()
 
 
