@@ -9,7 +9,6 @@ __all__ = ['Job', 'read_plan', 'campaign', 'overview', 'publish', 'mtl_campaign'
 
 # %% ../nbs/19_campaign.ipynb #909b73f7
 import json, re, time, traceback
-from collections import Counter
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -142,9 +141,9 @@ def _next(jobs, book, out, left, whole): # the name of the job to do next, with 
     for job in jobs:
         mine, needs, first = book[job.name], job.needs(out), job.backbone or job.equal_to
         if mine["state"] in ("done", "failed"): continue
-        if needs and book[first]["state"] == "failed": mine.update(state="failed", why=f"it needs {first}, which failed")
+        if needs and book.get(first, {}).get("state") == "failed": mine.update(state="failed", why=f"it needs {first}, which failed")
         elif not needs or needs.is_file(): ready.append(job)
-        elif book[first]["state"] == "done": mine.update(state="failed", why=f"it needs {needs}, which is missing")
+        elif book.get(first, {}).get("state") == "done": mine.update(state="failed", why=f"it needs {needs}, which is missing")
     if left <= 0 or not ready: return None
     return next((o.name for o in ready if not left < max(0., (o.minutes or 0.) - book[o.name]["minutes"]) <= whole), ready[0].name)
 
@@ -192,8 +191,7 @@ def _begin(jobs, out): # the book of a campaign as the folders tell it; minutes 
 
 def _entries(out): # what an earlier `campaign.json` tells, by job
     there = read_json(out/"campaign.json") if (out/"campaign.json").exists() else {}
-    lists = [o for k in ("others", "jobs") for o in [there.get(k)] if isinstance(o, list)]
-    return {o["name"]: o for x in lists for o in x if isinstance(o, dict) and isinstance(o.get("name"), str)}
+    return {o["name"]: o for k in ("others", "jobs") for x in [there.get(k)] if isinstance(x, list) for o in x if isinstance(o, dict) and isinstance(o.get("name"), str)}
 
 def _write(book, out, machine): # `campaign.json`, whole; the jobs of other plans that stand there are kept
     record = dict(schema=1, kind="campaign", device=str(machine), jobs=list(book.values()), others=[o for k, o in _entries(out).items() if k not in book])
@@ -207,10 +205,9 @@ def overview(
     "Every job with its state, its minutes and its numbers: accuracy in %, its 95 % interval and, in brackets, the paired difference to head only."
     lines = []
     try:
-        count = Counter(o["state"] for o in record["jobs"])
+        states = [o["state"] for o in record["jobs"]]
         for o in record["jobs"]:
-            spent = [f"{o['minutes']:.1f} min" + (f" of about {o['stated']:g}" if o["stated"] else "")] if o["minutes"] else []
-            if o["peak_gib"]: spent.append(f"{o['peak_gib']:.1f} GiB at most")
+            spent = [f"{o['minutes']:.1f} min" + (f" of about {o['stated']:g}" if o["stated"] else "")]*bool(o["minutes"]) + ([f"{o['peak_gib']:.1f} GiB at most"] if o["peak_gib"] else [])
             lines.append(f"{o['name']}: {', '.join([o['state'], *spent])}" + f" ({o['why']})"*bool(o["why"]))
             for key in dict.fromkeys((r["method"], r["protocol"], r["split"]) for r in o["rows"]):
                 cells = [(r["shot"], f"{r['accuracy']:.2f} ±{r['ci95']:.2f}" + (f" ({r['paired']['difference']:+.2f} ±{r['paired']['ci95']:.2f})" if r.get("paired") else ""))
@@ -218,7 +215,7 @@ def overview(
                 about = key[0] + f", {key[1]} protocol"*(key[1] != "standard") + f", on {key[2]}"*(key[2] != "test")
                 lines.append((f"    {about:32}" + "".join(f"{k}-shot {c:30}" for k, c in cells)).rstrip())
         todo = sum(max(0., (o["stated"] or 0) - o["minutes"]) for o in record["jobs"] if o["state"] in ("begun", "waiting"))
-        lines.append(f"{len(record['jobs'])} jobs: " + ", ".join(f"{n} {k}" for k, n in count.items()) + (f"; about {todo:.1f} minutes are stated for the rest" if todo else ""))
+        lines.append(f"{len(record['jobs'])} jobs: " + ", ".join(f"{states.count(k)} {k}" for k in dict.fromkeys(states)) + (f"; about {todo:.1f} minutes are stated for the rest" if todo else ""))
     except (KeyError, TypeError, ValueError) as e: raise BadInput(f"this is not the record of a campaign ({type(e).__name__}: {e})") from None
     return "\n".join(lines)
 
@@ -251,17 +248,17 @@ def publish(
 # %% ../nbs/19_campaign.ipynb #a1ec5b5d
 def _card(name, results): # what the weights are, in words
     recipe, data = from_record(results["recipe"]), results["data"]
-    trained = f"on `{data['name']}`" + (f" at {recipe.size} × {recipe.size} pixels" if recipe.size else "")
-    return "\n".join([f"# {name}", "", f"A ResNet-12 of widths {'-'.join(map(str, recipe.widths))} trained {trained}, and what meta-training added to it. Convolution weights are in float16, everything else in float32.", "", "## What came out", "", "```", table(results).rstrip(), "```", "", "These are the numbers of the weights before they were rounded; rounding changes few answers.", "",
+    trained, meta = f"on `{data['name']}`" + (f" at {recipe.size} × {recipe.size} pixels" if recipe.size else ""), [find_method(o).stem(recipe.shots[0]) for o in recipe.methods if find_method(o).meta]
+    use = ["from mtl_nb.contenders import load_method", f'method, model, record = load_method(Path("data/weights/{name}/{meta[0]}.safetensors"))'] if meta else ["from mtl_nb.meta_test import read_backbone", f'net, centre, record = read_backbone(Path("data/weights/{name}/pretrain.safetensors"))']
+    return "\n".join([f"# {name}", "", f"A ResNet-12 of widths {'-'.join(map(str, recipe.widths))} trained {trained}{', and what meta-training added to it' if meta else ''}. Convolution weights are in float16, everything else in float32.", "", "## What came out", "", "```", table(results).rstrip(), "```", "", "These are the numbers of the weights before they were rounded; rounding changes few answers.", "",
         "## How it was made", "", f"- recipe: `{recipe.preset}`, seed {recipe.seed}; every field stands in `recipe.json` (SHA-256 {results['recipe_sha256']})",
         f"- phase 1: {recipe.phase1.epochs} epochs" + (f" times {recipe.extras.generations} generations" if recipe.extras.generations > 1 else "") + (f", by the run whose backbone has SHA-256 {recipe.backbone}" if recipe.backbone else ""), *(f"- {split}: images with digest {digest}" for split, digest in data["digest"].items()), f"- on {results['device']}, with {', '.join(f'{k} {v}' for k, v in results['versions'].items())}", "",
-        "## How to use it", "", "```python", "from pathlib import Path", "from mtl_nb.contenders import load_method", f'method, model, record = load_method(Path("data/weights/{name}/mtl-1shot.safetensors"))', "```", "", f"From the shell: `mtl_meta_test --weights data/weights/{name} --data {data['name']}`. All files of this folder belong together.", "", "## Licence", "", f"The code is under the Apache License 2.0. The weights were learned from the images of `{data['name']}` and are meant for research on them; the terms of that set, if it has any, are its own.", ""])
+        "## How to use it", "", "```python", "from pathlib import Path", *use, "```", "", f"From the shell: `mtl_meta_test --weights data/weights/{name} --data {data['name']}`. All files of this folder belong together.", "", "## Licence", "", f"The code is under the Apache License 2.0. The weights were learned from the images of `{data['name']}` and are meant for research on them; the terms of that set, if it has any, are its own.", ""])
 
 # %% ../nbs/19_campaign.ipynb #a2bdb0aa
 def _publish_all(names, record, out): # publish those of the named jobs that are done
     for o in (o for o in record["jobs"] if o["name"] in names):
-        files = publish(out/o["name"], Path("data/weights")/o["name"]) if o["state"] == "done" else []
-        print(f"weights: {len(files)} files in data/weights/{o['name']}" if files else f"weights: {o['name']} is not done yet")
+        print(f"weights: {len(publish(out/o['name'], Path('data/weights')/o['name']))} files in data/weights/{o['name']}" if o["state"] == "done" else f"weights: {o['name']} is not done yet")
 
 @call_parse
 def mtl_campaign(
@@ -274,20 +271,23 @@ def mtl_campaign(
     at_once:int=0, # phase 2: tasks that go through the network together; 0: one on a CPU, all of a step elsewhere; fewer if memory is short
     compile:store_true=False, # let torch.compile fuse the network's operations
     publish:str="", # jobs, with commas between, whose weights are put into data/weights when they are done
+    only:str="", # of the plan only these jobs, with commas between; not given: all
 ):
     "Run a list of recipes in order of worth; the same command goes on where the last one stopped."
     began = time.time()
     def command():
         if minutes is not None and not 0 <= minutes < inf: raise BadInput(f"--minutes must be 0 or more, got {minutes}")
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
-        jobs, wanted = read_plan(Path(plan)), {o.strip() for o in publish.split(",") if o.strip()}
-        if odd := wanted - {o.name for o in jobs}: raise BadInput(f"--publish: this plan has no job '{min(odd)}'")
+        jobs, (wanted, mine) = read_plan(Path(plan)), [{o.strip() for o in x.split(",") if o.strip()} for x in (publish, only)]
+        for option, named in (("only", mine - {o.name for o in jobs}), ("publish", wanted - (mine or {o.name for o in jobs}))):
+            if named: raise BadInput(f"--{option}: {'--only leaves out' if mine and option == 'publish' else 'this plan has no'} job '{min(named)}'")
+        jobs = [o for o in jobs if o.name in mine or not mine]
         try: team = join(dev := pick_device(device))
         except ValueError as e: raise BadInput(f"--device: {e}") from None
         machine = Machine(dev, team, at_once, compile, inf if minutes is None else began + 60*minutes, rest=15.)
         record = campaign(jobs, lambda data, size: load_data(data, root, size, download), Path(out), machine)
         machine.team.tell(lambda: _publish_all(wanted, record, Path(out)))
         print(f"\n{overview(record)}\nEverything is in {out}")
-        if any(o["state"] in ("begun", "waiting") for o in record["jobs"]): print("Nothing was run: give it --minutes, or leave that out." if minutes == 0 else "Time is up: the same command goes on from here.")
+        if any(o["state"] in ("begun", "waiting") for o in record["jobs"]): print("Nothing was run: give it --minutes, or leave that out." if minutes == 0 else "Time is up: the same command goes on from here." if time.time() >= machine.until else "What is waiting needs a job that is not among these: the same command goes on when that is done.")
         if failed := [o["name"] for o in record["jobs"] if o["state"] == "failed"]: raise BadInput(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)} (why is told above)")
     return at_the_door(command, BadInput, "the same command goes on from here")

@@ -72,8 +72,8 @@ def send(
     x:Tensor, # on the CPU, as a rule
     device:torch.device, # where it is to go
 ) -> Tensor: # there
-    "To a GPU through pinned memory, so that the program need not wait until it is there; elsewhere just `.to`."
-    if device.type == "cuda" and x.device.type == "cpu": return x.pin_memory().to(device, non_blocking=True)
+    "To a GPU through pinned memory, so that the program need not wait until it is there; elsewhere, and where `torch.compile` reads along, just `.to`."
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling(): return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 # %% ../nbs/01_data.ipynb #dbeec4ee

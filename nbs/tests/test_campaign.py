@@ -301,7 +301,8 @@ def test_numbers_beyond_float16_stay_as_they_are():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (dict(minutes=-1), "--minutes"), (dict(minutes=float("nan")), "--minutes"), (dict(at_once=-1), "--at-once"), (dict(publish="toy"), "no job 'toy'"), (dict(device="abacus"), "--device")])
+    (dict(minutes=-1), "--minutes"), (dict(minutes=float("nan")), "--minutes"), (dict(at_once=-1), "--at-once"), (dict(publish="toy"), "no job 'toy'"), (dict(device="abacus"), "--device"),
+    (dict(only="toy-s0,toy"), "--only: this plan has no job 'toy'"), (dict(only="toy-s0", publish="toy-s1"), "--publish: --only leaves out job 'toy-s1'")])
 def test_command_refused(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert mtl_campaign(plan=str(PLANS/"toy.json"), **arguments) == 2
@@ -322,6 +323,26 @@ def test_command(banks, whole, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "run", stop)
     assert mtl_campaign(plan=str(plan), out="other", device="cpu") == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+def test_a_plan_shared_out(banks, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "load_data", lambda *_: banks)
+    plan = write(tmp_path/"plan.json", plain(name="one"), plain(name="on-one", backbone="one"), plain(name="other"))
+    share = lambda only: mtl_campaign(plan=str(plan), out="out", device="cpu", only=only)
+    assert share("on-one") == 0 and "needs a job that is not among these" in capsys.readouterr().out and not (tmp_path/"out/on-one").exists()
+    assert share("other, one") == 0 and share("on-one") == 0 and "Time is up" not in capsys.readouterr().out
+    record = read_json(tmp_path/"out/campaign.json")
+    assert [o["name"] for o in record["jobs"]] == ["on-one"] and {o["name"] for o in record["others"]} == {"one", "other"}
+    assert {o["state"] for o in record["jobs"] + record["others"]} == {"done"}
+
+def test_a_card_says_how_to_use_what_is_there(whole, banks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    campaign(read_plan(write(tmp_path/"plan.json", plain(name="one"))), lambda *_: banks, tmp_path/"out")
+    for folder in tmp_path/"out/one", whole[0]/"toy-s0":
+        publish(folder, tmp_path/"data/weights"/folder.name)
+        card = (tmp_path/"data/weights"/folder.name/"README.md").read_text()
+        exec(card.split("```python")[1].split("```")[0], there := {})
+        assert there["record"]["kind"] in ("backbone", "mtl") and ("meta-training added" in card) == (folder.name == "toy-s0")
 
 def test_command_in_two_processes(tmp_path):
     from test_several_processes import two

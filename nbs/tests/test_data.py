@@ -1,9 +1,11 @@
 "Banks: hostile input, order, digests, augmentation at the edges of its arguments."
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from mtl_nb.data import BadInput, ImageBank, augment, check_disjoint, normalise, pixel_hash
+from mtl_nb.data import BadInput, ImageBank, augment, check_disjoint, normalise, pixel_hash, send
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
@@ -128,6 +130,15 @@ def test_augment_does_not_touch_the_global_generator_or_its_input():
     copy, state = x.clone(), torch.get_rng_state()
     out = augment(x, gen(), jitter=.5, zoom=.3)
     assert torch.equal(x, copy) and torch.equal(torch.get_rng_state(), state) and out.shape == x.shape and out.isfinite().all()
+
+def test_nothing_is_pinned_where_compile_reads_along(monkeypatch):
+    class Here: # a tensor on the CPU, as far as `send` looks
+        device = torch.device("cpu")
+        def pin_memory(self): return SimpleNamespace(to=lambda device, non_blocking: ("pinned", device.type, non_blocking))
+        def to(self, device): return "plain", device.type
+    assert send(Here(), torch.device("cuda")) == ("pinned", "cuda", True) and send(Here(), torch.device("cpu")) == ("plain", "cpu")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert send(Here(), torch.device("cuda")) == ("plain", "cuda")
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_same_on_a_gpu():

@@ -140,3 +140,11 @@ def test_a_compiled_model_gives_the_same(bank):
     one, other = new(cfg), new(cfg)
     a, b = (plain(meta_train(state, hard(bank), bank, cfg, call=call)) for state, call in ((one, None), (other, torch.compile(other.model, backend="eager"))))
     assert a == b and same(tensors(one), tensors(other))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_compiled_model_on_a_gpu(bank):
+    cfg = MetaTrainConfig(tasks=4, batch=2)
+    state = new(cfg)
+    state.model.to("cuda")
+    said = list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank.to("cuda"), cfg, call=torch.compile(state.model, backend="eager")))
+    assert [r["tasks"] for r in said] == [2, 4] and all(0 < r["loss"] < 10 for r in said)
