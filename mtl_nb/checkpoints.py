@@ -230,4 +230,4 @@ def kept(self:RunFolder,
 @patch
 def forget(self:RunFolder) -> None:
     "The run is over: drop the states of its phases."
-    for file in self.path.glob(".*.state"): file.unlink()
+    for file in self.path.glob(".*.state"): file.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def _about(runs, rows, data, preset, split, protocol):
     unshown = sorted({f"{r['shot']}-shot" for r in rows if r["shot"] not in SHOTS})
     return (f"here: ResNet-12 of widths {', '.join(map(str, recipe.widths))} on images of {recipe.size or 'their own'} pixels; {rows[0]['way']}-way, {rows[0]['query'] if protocol == 'standard' else 'as many as shots'} queries a class; {list(tasks)[0]} tasks{few}",
         "± is the 95 % interval: of one seed over tasks, of several over seeds. Levels of different numbers of seeds or tasks are not to be subtracted: the paired differences are below",
-        *[f"kept at its start by early stopping, so a row of Table 1 among them answers as head only does: {'; '.join(f'at {ks} ' + ', '.join(ms) for ks, ms in kept.items())}"]*bool(kept),
+        *[f"kept at its start, as no later look at val was better, so a row of Table 1 among them answers as head only does: {'; '.join(f'at {ks} ' + ', '.join(ms) for ks, ms in kept.items())}"]*bool(kept),
         *[f"also recorded, and not shown: {', '.join(unshown)}"]*bool(unshown),
         *[f"they see all queries of a task at once, equally many of each class, which no other row does: {', '.join(many)}"]*bool(many),
         *["on val: its classes also chose the stopping point and the inner loop, on another list of tasks"]*(split == "val"),

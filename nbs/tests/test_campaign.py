@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mtl_nb import campaign as module
-from mtl_nb.campaign import Job, campaign, mtl_campaign, overview, publish, read_plan
+from mtl_nb import weights
+from mtl_nb.campaign import Job, campaign, mtl_campaign, overview, read_plan
 from mtl_nb.checkpoints import RunFolder, load, read_json, save, sha256
 from mtl_nb.contenders import load_method
 from mtl_nb.data import BadInput, ImageBank
@@ -19,6 +20,7 @@ from mtl_nb.episodes import TaskShape
 from mtl_nb.glyphs import glyphs
 from mtl_nb.meta_test import Protocol, load_model, meta_test, read_backbone
 from mtl_nb.recipes import Recipe
+from mtl_nb.weights import publish
 
 PLANS = Path(__file__).parents[2]/"data/plans"
 
@@ -296,13 +298,14 @@ def test_not_published(whole, tmp_path):
     with pytest.raises(BadInput, match="somewhere else"): publish(whole[0]/"toy-s0", whole[0]/"toy-s0")
 
 def test_numbers_beyond_float16_stay_as_they_are():
-    kept = module._halved({"a.weight": torch.full((1, 1, 3, 3), 1e6), "b.weight": torch.ones(1, 1, 3, 3), "b.running_var": torch.ones(3), "scale": torch.ones(4, 4, 1, 1)})
+    kept = weights._halved({"a.weight": torch.full((1, 1, 3, 3), 1e6), "b.weight": torch.ones(1, 1, 3, 3), "b.running_var": torch.ones(3), "scale": torch.ones(4, 4, 1, 1)})
     assert [v.dtype for v in kept.values()] == [torch.float32, torch.float16, torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("arguments, words", [
     (dict(minutes=-1), "--minutes"), (dict(minutes=float("nan")), "--minutes"), (dict(at_once=-1), "--at-once"), (dict(publish="toy"), "no job 'toy'"), (dict(device="abacus"), "--device"),
-    (dict(only="toy-s0,toy"), "--only: this plan has no job 'toy'"), (dict(only="toy-s0", publish="toy-s1"), "--publish: --only leaves out job 'toy-s1'")])
+    (dict(only="toy-s0,toy"), "--only: this plan has no job 'toy': did you mean toy-s0 or toy-s1 or toy-equal?"), (dict(only="toy-s0", publish="toy-s1"), "--publish: --only leaves out job 'toy-s1'"),
+    (dict(only="toy-s0", publish="nope"), "--publish: this plan has no job 'nope'"), (dict(only=""), "--only names no job"), (dict(only=" , "), "--only names no job")])
 def test_command_refused(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert mtl_campaign(plan=str(PLANS/"toy.json"), **arguments) == 2
@@ -329,7 +332,9 @@ def test_a_plan_shared_out(banks, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "load_data", lambda *_: banks)
     plan = write(tmp_path/"plan.json", plain(name="one"), plain(name="on-one", backbone="one"), plain(name="other"))
     share = lambda only: mtl_campaign(plan=str(plan), out="out", device="cpu", only=only)
-    assert share("on-one") == 0 and "needs a job that is not among these" in capsys.readouterr().out and not (tmp_path/"out/on-one").exists()
+    assert share("on-one") == 0 and not (tmp_path/"out/on-one").exists()
+    said = capsys.readouterr().out
+    assert "on-one: waiting (it waits for one, which is not among these)" in said and "stands on a job that is not among these" in said and "Time is up" not in said
     assert share("other, one") == 0 and share("on-one") == 0 and "Time is up" not in capsys.readouterr().out
     record = read_json(tmp_path/"out/campaign.json")
     assert [o["name"] for o in record["jobs"]] == ["on-one"] and {o["name"] for o in record["others"]} == {"one", "other"}
