@@ -65,7 +65,7 @@ def read_results(
     out = []
     for file in sorted(Path(folder).glob("*.json")):
         run = read_json(file)
-        if run.get("kind") == "speed": continue
+        if run.get("kind") in ("speed", "trace"): continue # of other pages
         if run.get("kind") != "run" or not isinstance(run.get("rows"), list): raise BadInput(f"{file} is not the record of a run")
         if not isinstance(run.get("seconds"), dict) or not isinstance(run["seconds"].get("pretrain"), (int, float)): raise BadInput(f"{file} does not tell the seconds of its phases")
         if run.get("schema") != 1: raise BadInput(f"{file} is written in schema {run.get('schema')}, this version reads 1")
