@@ -204,6 +204,7 @@ def test_damaged_and_foreign_files(write, how):
 def test_speed_records_are_passed_over(write):
     folder = write("run.json", [row("MTL", right(40))])
     (folder/"speed-cpu.json").write_text(json.dumps(dict(schema=1, kind="speed", rows=[])))
+    (folder/"a-trace.json").write_text(json.dumps(dict(schema=1, kind="trace", traces=[])))
     assert [r["file"] for r in read_results(folder)] == ["run.json"]
     refused(lambda: read_results(folder/"nowhere"), "no such folder")
 
