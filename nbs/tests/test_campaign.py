@@ -340,6 +340,17 @@ def test_a_plan_shared_out(banks, tmp_path, capsys, monkeypatch):
     assert [o["name"] for o in record["jobs"]] == ["on-one"] and {o["name"] for o in record["others"]} == {"one", "other"}
     assert {o["state"] for o in record["jobs"] + record["others"]} == {"done"}
 
+def test_weights_of_another_run_stop_no_other(banks, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "load_data", lambda *_: banks)
+    (tmp_path/"data/weights/one").mkdir(parents=True)
+    (tmp_path/"data/weights/one/results.json").write_text("{}")
+    plan = write(tmp_path/"plan.json", plain(name="one"), plain(name="two"))
+    assert mtl_campaign(plan=str(plan), out="out", device="cpu", publish="one,two") == 2
+    said = capsys.readouterr()
+    assert "2 jobs: 2 done" in said.out and "files in data/weights/two" in said.out and "holds the weights of another run" in said.err
+    assert (tmp_path/"data/weights/one/results.json").read_text() == "{}"
+
 def test_a_card_says_how_to_use_what_is_there(whole, banks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     campaign(read_plan(write(tmp_path/"plan.json", plain(name="one"))), lambda *_: banks, tmp_path/"out")
