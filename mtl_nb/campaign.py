@@ -141,11 +141,12 @@ def _next(jobs, book, out, left, whole): # the name of the job to do next, with 
     ready = []
     for job in jobs:
         mine, needs, first = book[job.name], job.needs(out), job.backbone or job.equal_to
+        there = book.get(first, {}).get("state") # of the job that it needs; None: that is not among these
         if mine["state"] in ("done", "failed"): continue
-        if needs and book.get(first, {}).get("state") == "failed": mine.update(state="failed", why=f"it needs {first}, which failed")
+        if there == "failed": mine.update(state="failed", why=f"it needs {first}, which failed")
         elif not needs or needs.is_file(): ready.append(job)
-        elif first not in book: mine["why"] = f"it waits for {first}, which is not among these"
-        elif book[first]["state"] == "done": mine.update(state="failed", why=f"it needs {needs}, which is missing")
+        elif there is None: mine["why"] = f"it waits for {first}, which is not among these"
+        elif there == "done": mine.update(state="failed", why=f"it needs {needs}, which is missing")
     if left <= 0 or not ready: return None
     return next((o.name for o in ready if not left < max(0., (o.minutes or 0.) - book[o.name]["minutes"]) <= whole), ready[0].name)
 

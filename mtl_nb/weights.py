@@ -51,16 +51,15 @@ def _made(recipe, results): # how the weights came about, line by line
     return [f"- recipe: `{recipe.preset}`, seed {recipe.seed}; every field stands in `recipe.json` (SHA-256 {results['recipe_sha256']})", f"- {phase1}", f"- {exam}", *(f"- {split}: images with digest {digest}" for split, digest in results["data"]["digest"].items()),
         f"- on {results['device']}, with {', '.join(f'{k} {v}' for k, v in results['versions'].items())}"]
 
-def _use(name, recipe): # Python that opens the weights
-    meta = [m.stem(recipe.shots[0]) for m in map(find_method, recipe.methods) if m.meta]
+def _use(name, meta): # Python that opens the weights; `meta`: the files beside the backbone
     if meta: return ["from mtl_nb.contenders import load_method", f'method, model, record = load_method(Path("data/weights/{name}/{meta[0]}.safetensors"))']
     return ["from mtl_nb.meta_test import read_backbone", f'net, centre, record = read_backbone(Path("data/weights/{name}/pretrain.safetensors")) # centre: None when features stay as they are']
 
 def _card(name, results): # what the weights are, in words
     recipe, data = from_record(results["recipe"]), results["data"]["name"]
-    size, meta = f" at {recipe.size} × {recipe.size} pixels"*bool(recipe.size), any(find_method(o).meta for o in recipe.methods)
+    size, meta = f" at {recipe.size} × {recipe.size} pixels"*bool(recipe.size), [m.stem(recipe.shots[0]) for m in map(find_method, recipe.methods) if m.meta]
     shell = f"mtl_meta_test --weights data/weights/{name} --data {data}" + " --split val"*(recipe.exam == "val")
     return "\n".join([f"# {name}", "", f"A ResNet-12 of widths {'-'.join(map(str, recipe.widths))} trained on `{data}`{size}{', and what meta-training added to it' if meta else ''}. Convolution weights are in float16, everything else in float32.", "",
         "## What came out", "", "```", table(results).rstrip(), "```", "", "These are the numbers of the weights before they were rounded; where that was looked into, rounding changed few answers." + " The exam was on val, whose classes chose the inner loop, too: test has not been looked at."*(recipe.exam == "val"), "",
-        "## How it was made", "", *_made(recipe, results), "", "## How to use it", "", "```python", "from pathlib import Path", *_use(name, recipe), "```", "", f"From the shell: `{shell}`. All files of this folder belong together.", "",
+        "## How it was made", "", *_made(recipe, results), "", "## How to use it", "", "```python", "from pathlib import Path", *_use(name, meta), "```", "", f"From the shell: `{shell}`. All files of this folder belong together.", "",
         "## Licence", "", f"The code is under the Apache License 2.0. The weights were learned from the images of `{data}` and are meant for research on them; the terms of that set, if it has any, are its own.", ""])
