@@ -23,7 +23,8 @@ from .contenders import Contender, find_method, load_method, rows_of, set_inner
 from .data import BadInput
 from .devices import Machine, at_the_door, join, pick_device
 from .episodes import TaskShape
-from .experiments import run, support_copies
+from .experiments import run
+from .looks import Looks
 from .meta_test import Protocol, backbone_of, check_new, read_backbone, row, table
 from .meta_train import MTL
 from .recipes import PHASE1, Recipe, changed, from_record
@@ -207,7 +208,7 @@ def mtl_meta_test(
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
         models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))
-        extra = recipe and support_copies(recipe, Machine(dev))
+        looks = recipe.looks if recipe else Looks()
         bank = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
         if split != "train": check_new(load(_theta(Path(weights)))[1], bank, split)
@@ -217,7 +218,7 @@ def mtl_meta_test(
             shape = replace(shape, n_query=query)
             shape.check(bank, f"'{split}'")
             if method.most < tasks: print(f"{label}, {shape.k_shot}-shot: takes long, and sits the first {method.most} tasks", flush=True)
-            result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, extra=extra)[0], label.startswith("head only")
+            result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, looks=looks)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
         print("\n" + table(dict(rows=rows, data=dict(name=name))))

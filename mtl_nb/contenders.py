@@ -23,7 +23,8 @@ from .checkpoints import load
 from .data import BadInput, ImageBank
 from .devices import ALONE, Team
 from .episodes import TaskShape
-from .evaluation import RATES, STEPS, Exam, exam_path, features, make_exam
+from .evaluation import RATES, STEPS, Exam, copies, exam_path, features, make_exam
+from .looks import Looks
 from .meta_test import Protocol, Result, backbone_of, check_way, read_backbone
 from .meta_train import MTL, MetaTrainConfig, meta_train
 from .other_methods import METHODS, answers
@@ -39,29 +40,31 @@ class _Wider: # a bank with c more images for each one; number i of copy c stand
         x[there.to(x.device)] = self.more[copy[there] - 1, at[there] % n].view(-1, *x.shape[1:]).to(x.device)
         return x.reshape(*idx.shape, *x.shape[1:])
 
-def _with_copies(bank, exam, mirrored, extra): # images with their copies, and the exam with these in its support sets
-    if mirrored or not extra: return bank, exam
-    more, k = extra(lambda x: x.flatten(1), bank).cpu(), exam.shape.k_shot
+def _with_copies(bank, exam, mirrored, looks): # images with their copies, and the exam with these in its support sets
+    if mirrored or not looks.copies: return bank, exam
+    more, k = copies(lambda x: x.flatten(1), bank, looks.copies, looks.how).cpu(), exam.shape.k_shot
     support = [exam.idx[:, :, :k] + c*len(bank) for c in range(len(more) + 1)]
     return _Wider(bank, more), replace(exam, idx=torch.cat([*support, exam.idx[:, :, k:]], 2), shape=replace(exam.shape, k_shot=k*len(support)))
 
 def _on_images(right): # for a method that asks for images: copies come as such
-    def with_copies(model, bank, exam, rates, steps, mirrored, team, extra=None): return right(model, *_with_copies(bank, exam, mirrored, extra), rates, steps, mirrored, team)
+    def with_copies(model, bank, exam, rates, steps, mirrored, team, looks=Looks()):
+        if looks.many: raise BadInput("several looks at a picture, by views or quarters, need a method that has one feature for each picture")
+        return right(model, *_with_copies(bank, exam, mirrored, looks), rates, steps, mirrored, team)
     return with_copies
 
 # %% ../nbs/18_contenders.ipynb #79fa6f06
-def _made_once(model, bank, mirrored, team, extra): # features of all pictures, and of what is to join the support sets
+def _made_once(model, bank, mirrored, team, looks): # the base; features of all pictures, and of what is to join the support sets
+    if not mirrored: return looks.start(model.eval().base), *looks.see(model, bank, team)
     place = dict(device=model.eval().base.weight.device, team=team)
-    more = features(model.embed, bank, mirror=True, **place) if mirrored else extra and extra(model.embed, bank)
-    return features(model.embed, bank, **place), more
+    return model.base, features(model.embed, bank, **place), features(model.embed, bank, mirror=True, **place)
 
-def _heads(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    feats, extra = _made_once(model, bank, mirrored, team, extra)
-    return torch.stack([exam_path(feats, exam, model.base, lr, list(steps), extra, team=team) for lr in rates])
+def _heads(model, bank, exam, rates, steps, mirrored, team, looks=Looks()):
+    base, feats, extra = _made_once(model, bank, mirrored, team, looks)
+    return torch.stack([exam_path(feats, exam, base, lr, list(steps), extra, team=team) for lr in rates])
 
-def _means(model, bank, exam, rates, steps, mirrored, team, extra=None):
-    feats, extra = _made_once(model, bank, mirrored, team, extra)
-    return answers(feats, exam, model.base, extra, team=team)[None, None]
+def _means(model, bank, exam, rates, steps, mirrored, team, looks=Looks()):
+    base, feats, extra = _made_once(model, bank, mirrored, team, looks)
+    return answers(feats, exam, base, extra, team=team)[None, None]
 
 @_on_images
 def _within(model, bank, exam, rates, steps, mirrored, team):
@@ -106,7 +109,7 @@ class Contender:
     published:str # under which its results are recorded
     slug:str # plain letters, for file names and the shell
     make:Callable # the method at its start; use `start`
-    right:Callable # right answers: `(model, bank, exam, rates, steps, mirrored, team, extra) -> int64 [rates,steps,T]`
+    right:Callable # right answers: `(model, bank, exam, rates, steps, mirrored, team, looks) -> int64 [rates,steps,T]`
     rates:tuple=(None,) # inner rates to choose from on val
     steps:tuple=(None,) # inner steps, likewise, ascending
     few:int=10_000 # tasks of the `select` list that it looks at
@@ -160,11 +163,11 @@ def choose(self:Contender,
     bank:ImageBank, # val
     exam:Exam, # the `select` list
     team:Team=ALONE, # the processes that share the work
-    extra:Callable|None=None, # as for `sit`
+    looks:Looks=Looks(), # as for `sit`
 ) -> float: # the best accuracy
     "Choose the inner rate and steps on val, if there is a choice."
     exam = exam.first(self.few)
-    table = _share(self.right(model, bank, exam, self.rates, self.steps, False, team, extra), exam)
+    table = _share(self.right(model, bank, exam, self.rates, self.steps, False, team, looks), exam)
     best = table.argmax().item()
     set_inner(model, self.rates[best//len(self.steps)], self.steps[best % len(self.steps)])
     return table.max().item()
@@ -177,7 +180,7 @@ def sit(self:Contender,
     protocols:list[Protocol], # the standard one first
     split:str="test", # the bank's name
     team:Team=ALONE, # the processes that share the work
-    extra:Callable|None=None, # `(embed, bank) -> [c,n,D]`: copies of each image to join the support sets, where the protocol has no mirror images; asked with `x.flatten(1)` for the copies themselves by methods that look at images
+    looks:Looks=Looks(), # [more looks](17_looks.ipynb) at the pictures, where the protocol has no mirror images; methods that adapt to images themselves take its copies alone
 ) -> list[Result]: # for each protocol, or for the first alone; raises `BadInput` when these images cannot be answered
     "The exam."
     side, there = getattr(model.backbone, "size", 0), list(bank.x.shape[2:])
@@ -187,7 +190,7 @@ def sit(self:Contender,
     for p in protocols if self.cached else protocols[:1]:
         exam = make_exam(bank, p.shape, p.seed, min(p.tasks, self.most), split)
         lr, steps = (mine if None in (mine, asked) else asked for mine, asked in zip(own, (p.lr, p.steps))) # none is none under any protocol
-        out.append(Result(exam, self.right(model, bank, exam, (lr,), (steps,), p.mirrored, team, extra)[0, 0], p, lr, steps))
+        out.append(Result(exam, self.right(model, bank, exam, (lr,), (steps,), p.mirrored, team, looks)[0, 0], p, lr, steps))
     return out
 
 # %% ../nbs/18_contenders.ipynb #bdcfd7d7

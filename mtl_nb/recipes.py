@@ -18,6 +18,7 @@ from math import ceil, inf
 from fastcore.basics import patch
 
 from .data import BadInput
+from .looks import Looks
 from .meta_train import MetaTrainConfig
 from .pretrain import PretrainConfig
 from .stronger import Extras
@@ -52,10 +53,9 @@ class Recipe:
     head_label:str="head only" # under which name head only is recorded
     extras:Extras=field(default_factory=Extras) # what [phase 1 is given](16_stronger.ipynb) beyond cross-entropy
     copies:int=0 # augmented copies of each support image at the exam, for every method; they are augmented as in phase 1
+    views:int=0 # augmented [views of every picture](17_looks.ipynb) at the exam, averaged with it, likewise
+    quarters:bool=False # is every picture of the exam also seen turned by quarters, the features side by side?
     def __post_init__(self): _check(self)
-    def digest(self) -> str: # hexadecimal SHA-256
-        "The recipe's name, made of its content."
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/17_recipes.ipynb #b388ce94
 _MANY = 10**6 # tasks in a list: more would only fill the memory
@@ -68,7 +68,6 @@ def _check(r):
         (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
         (r.exam in ("val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
         (0 <= r.drop < 1, f"drop must be at least 0 and below 1, got {r.drop}"), (not r.extras.block or r.drop, "extras.block needs a rate of dropout: set drop, too"),
-        (0 <= r.copies <= 100 and not (r.copies and p.augment is None), f"copies must be from 0 to 100, and are augmented as in phase 1: got {r.copies}, phase1.augment {p.augment}"),
         (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (2 <= r.select <= _MANY and r.every >= 1 and r.patience >= 0, f"select must be from 2 to {_MANY:,}, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
         (all(type(k) is int and type(v) is int and v >= 0 for k, v in r.hard.items()), f"hard must give numbers of tasks by shot, got {r.hard}"), (r.inner is None or len(r.inner) == 2 and isinstance(r.inner[0], (int, float)) and 0 <= r.inner[0] <= 1000 and type(r.inner[1]) is int and r.inner[1] >= 0, f"inner must be a rate from 0 to 1000 and a whole number of steps, got {r.inner}"),
         (p.epochs >= 1 and p.batch >= 2 and p.halve >= 1, f"phase 1: epochs and halve must be at least 1, batch at least 2, got {p.epochs}, {p.halve}, {p.batch}"),
@@ -78,6 +77,7 @@ def _check(r):
         (0 <= q.lr < inf and 0 <= q.head_lr < inf and 0 <= q.floor <= 1, f"phase 2: rates must not be negative, floor between 0 and 1, got {q.lr}, {q.head_lr}, {q.floor}")]
     for fine, words in wants:
         if not fine: raise BadInput(words)
+    Looks(r.copies, r.views, r.quarters, p.augment) # it has its own door
 
 _AUGMENT = ("pad", "flip", "jitter", "zoom")
 
@@ -85,6 +85,15 @@ def _crops(c): # keywords that `augment` can take
     number = lambda x: type(x) in (int, float)
     return c is None or not set(c) - set(_AUGMENT) and type(c.get("pad", 0)) is int and c.get("pad", 0) >= 0 and type(c.get("flip", True)) is bool and all(
         number(c.get(k, 1)) and low <= c.get(k, 1) <= 1 for k, low in (("jitter", 0), ("zoom", .01)))
+
+# %% ../nbs/17_recipes.ipynb #866e67d6
+_LATER = ("views", "quarters") # fields younger than some recorded runs
+
+@patch
+def digest(self:Recipe) -> str: # hexadecimal SHA-256
+    "The recipe's name, made of its content."
+    there = {k: v for k, v in asdict(self).items() if k not in _LATER or v}
+    return hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/17_recipes.ipynb #af2af351
 _MARKS = ("glyphs", "glyphs-far", "omniglot") # drawn signs: small as they are, and another sign in the mirror
@@ -156,6 +165,11 @@ def fields(self:Recipe) -> dict: # values as in JSON, by the names that `changed
     "All that it holds, its parts taken apart."
     def flat(d, way): return {k: v for o, x in d.items() for k, v in (flat(x, f"{way}{o}.") if isinstance(x, dict) and x else {f"{way}{o}": x}).items()}
     return flat(json.loads(json.dumps(asdict(self))), "")
+
+@patch(as_prop=True)
+def looks(self:Recipe) -> Looks:
+    "How its exam [looks at the pictures](17_looks.ipynb)."
+    return Looks(self.copies, self.views, self.quarters, self.phase1.augment)
 
 @patch(as_prop=True)
 def training(self:Recipe) -> dict: # some of `fields`

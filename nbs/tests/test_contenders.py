@@ -13,10 +13,11 @@ from mtl_nb.contenders import CONTENDERS, find_method, inner_of, load_method, se
 from mtl_nb.data import BadInput, ImageBank
 from mtl_nb.devices import ALONE, Team
 from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.evaluation import copies, make_exam
+from mtl_nb.evaluation import make_exam
 from mtl_nb.experiments import run
 from mtl_nb.glyphs import glyphs
 from mtl_nb.hard_tasks import HardTasks
+from mtl_nb.looks import Looks
 from mtl_nb.meta_test import Protocol, load_model, paper_protocol, row, table
 from mtl_nb.meta_train import MetaTrainConfig, meta_state
 from mtl_nb.recipes import preset
@@ -27,7 +28,7 @@ RIVALS = [k for k, c in CONTENDERS.items() if c.slug.startswith(("maml", "proto"
 ROWS = [k for k in CONTENDERS if k not in RIVALS]
 LONG = ("MAML 4-conv + HT", "TADAM ResNet-12 + HT")
 
-def far(embed, bank): return copies(embed, bank, 2, dict(pad=3, jitter=.5))
+far = Looks(copies=2, how=dict(pad=3, jitter=.5))
 
 def start(method, net, **more): return method.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8, **more)
 
@@ -91,9 +92,9 @@ def test_copies_join_where_features_are_made_once(net, bank):
     for name in "mtl", "protonet":
         c = find_method(name)
         model, p = start(c, net), Protocol("standard", shape, 60)
-        plain, more = (c.sit(model, bank, [p], "val", extra=o)[0].correct for o in (None, far))
+        plain, more = (c.sit(model, bank, [p], "val", looks=o)[0].correct for o in (Looks(), far))
         assert not torch.equal(plain, more)
-        other, mirrored = (c.sit(model, bank, [p, paper_protocol(1)], "val", extra=o)[1].correct for o in (None, far))
+        other, mirrored = (c.sit(model, bank, [p, paper_protocol(1)], "val", looks=o)[1].correct for o in (Looks(), far))
         assert torch.equal(other, mirrored)   # the authors' protocol has its own
 
 
@@ -101,13 +102,13 @@ def test_copies_join_as_images_what_they_join_as_features(net, bank):
     "The whole network at rest, and prototypes through a network that no task turns: the same answers by either way."
     exam = make_exam(bank, shape, 1, 40)
     head, whole = (find_method(o) for o in ("update θ", "update [Θ;θ]"))
-    right = lambda c, m, rates, extra: c.right(m, bank, exam, rates, (1, 3), False, ALONE, extra)
+    right = lambda c, m, rates, looks: c.right(m, bank, exam, rates, (1, 3), False, ALONE, looks)
     a, b = start(head, net), start(whole, net)
     b.base.lr = 0.1   # the head's rate
-    assert torch.equal(right(head, a, (0.1,), far), right(whole, b, (0.,), far)) and not torch.equal(right(head, a, (0.1,), None), right(head, a, (0.1,), far))
+    assert torch.equal(right(head, a, (0.1,), far), right(whole, b, (0.,), far)) and not torch.equal(right(head, a, (0.1,), Looks()), right(head, a, (0.1,), far))
     proto, tadam = (start(find_method(o), net) for o in ("protonet", "tadam"))
-    ask = lambda name, m, extra: find_method(name).right(m, bank, exam, (None,), (None,), False, ALONE, extra)
-    assert torch.equal(ask("protonet", proto, far), ask("tadam", tadam, far)) and torch.equal(ask("protonet", proto, None), ask("tadam", tadam, None))
+    ask = lambda name, m, looks: find_method(name).right(m, bank, exam, (None,), (None,), False, ALONE, looks)
+    assert torch.equal(ask("protonet", proto, far), ask("tadam", tadam, far)) and torch.equal(ask("protonet", proto, Looks()), ask("tadam", tadam, Looks()))
 
 
 @pytest.mark.parametrize("name", ["maml-resnet-12", "maml-4-conv", "update-head-batch-statistics"])
@@ -115,8 +116,8 @@ def test_copies_join_where_images_are_asked(name, net, bank):
     exam = make_exam(bank, shape, 1, 40)
     c = find_method(name)
     model = start(c, net)
-    plain, more, mirrored = (c.right(model, bank, exam, c.rates[-1:], c.steps[:1], m, ALONE, e) for m, e in ((False, None), (False, far), (True, far)))
-    assert not torch.equal(plain, more) and torch.equal(mirrored, c.right(model, bank, exam, c.rates[-1:], c.steps[:1], True, ALONE, None))
+    plain, more, mirrored = (c.right(model, bank, exam, c.rates[-1:], c.steps[:1], m, ALONE, e) for m, e in ((False, Looks()), (False, far), (True, far)))
+    assert not torch.equal(plain, more) and torch.equal(mirrored, c.right(model, bank, exam, c.rates[-1:], c.steps[:1], True, ALONE, Looks()))
 
 
 @pytest.mark.parametrize("name", ["mtl", "protonet", "cosine-classifier", "tadam", "maml-resnet-12", "update-theta"])

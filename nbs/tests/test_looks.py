@@ -1,0 +1,145 @@
+"More looks at each picture: against the long way, through a run, by the shell, in records."
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import root
+from test_experiments import banks, killed_after, recipe, same  # noqa: F401
+
+from mtl_nb.base_learner import BaseLearner
+from mtl_nb.contenders import CONTENDERS, find_method
+from mtl_nb.data import BadInput, ImageBank, augment
+from mtl_nb.devices import ALONE, Team
+from mtl_nb.episodes import TaskShape
+from mtl_nb.evaluation import features, make_exam
+from mtl_nb.experiments import run
+from mtl_nb.looks import Looks
+from mtl_nb.meta_test import Protocol, paper_protocol
+from mtl_nb.meta_train import MTL
+from mtl_nb.recipes import Recipe, changed, from_record, preset
+from mtl_nb.weights import publish
+
+how = dict(pad=3, jitter=.5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_many_looks_by_hand(net, bank, centred):
+    model = MTL(net, BaseLearner(net.d, 5), features(net, bank).mean(0) if centred else None)
+    feats, more = Looks(2, 3, True, how).see(model, bank)
+    every, by_hand, rolled = bank.take(torch.arange(len(bank))), [], []
+    for k in range(4):
+        f = [model.embed(every.rot90(k, (2, 3)))] + [model.embed(augment(every, torch.Generator().manual_seed(10_007*(1000 + v)), **how).rot90(k, (2, 3))) for v in range(3)]
+        mean = sum(f)/4
+        by_hand.append((4*F.normalize(mean, dim=1) if centred else mean)/2)
+        rolled.append(torch.stack([model.embed(augment(every, torch.Generator().manual_seed(c), **how).rot90(k, (2, 3))) for c in range(2)])/2)
+    assert torch.allclose(feats, torch.cat(by_hand, 1), atol=1e-5) and torch.allclose(more, torch.cat(rolled, 2), atol=1e-5)
+    assert feats.shape == (len(bank), 4*net.d) and more.shape == (2, len(bank), 4*net.d)
+
+
+def test_processes_share_the_pictures(net, bank):
+    class Part(Team):
+        def cat(self, x, n): return x
+    model, looks = MTL(net, BaseLearner(net.d, 5)), Looks(1, 2, True, how)
+    parts = [looks.see(model, bank, Part(r, 3)) for r in range(3)]
+    whole = looks.see(model, bank)
+    assert torch.allclose(torch.cat([f for f, _ in parts]), whole[0], atol=1e-5) and torch.allclose(torch.cat([m for _, m in parts], 1), whole[1], atol=1e-5)
+
+
+def test_pictures_that_are_not_square(net):
+    g = torch.Generator().manual_seed(0)
+    wide = ImageBank(torch.randint(256, (4, 3, 16, 20), generator=g).to(torch.uint8), torch.arange(4), list("abcd"))
+    model = MTL(net, BaseLearner(net.d, 2))
+    with pytest.raises(BadInput, match="only square pictures can be turned by a quarter, these are 16 by 20 pixels"): Looks(quarters=True).see(model, wide)
+    assert Looks(views=2, how=how).see(model, wide)[0].shape == (4, net.d)
+
+
+def test_a_start_keeps_its_inner_loop_and_is_not_touched(net):
+    base = BaseLearner(net.d, 5, .3, 7, 1)
+    with torch.no_grad(): base.weight.normal_()
+    before, wide = base.weight.clone(), Looks(quarters=True).start(base)
+    assert (wide.lr, wide.steps, wide.order, list(wide.weight.shape)) == (.3, 7, 1, [5, 4*net.d]) and torch.equal(base.weight, before)
+
+
+@pytest.mark.parametrize("label", [k for k, c in CONTENDERS.items() if c.cached and not k.endswith("HT")])
+def test_every_method_with_a_feature_for_each_picture(label, net, bank):
+    c = replace(CONTENDERS[label], few=20)
+    model, exam, looks = c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), make_exam(bank, TaskShape(5, 1, 2), 1, 20), Looks(1, 2, True, how)
+    right = lambda o: c.right(model, bank, exam, c.rates[-1:], c.steps[-1:], False, ALONE, o)
+    assert right(Looks()).shape == right(looks).shape and not torch.equal(right(Looks()), right(looks))
+    best = c.choose(model, bank, exam, looks=looks)
+    a, b = c.sit(model, bank, [Protocol("standard", TaskShape(5, 1, 2), 20), paper_protocol(1)], "val", looks=looks)
+    assert 0 <= best <= 1 and torch.equal(b.correct, c.sit(model, bank, [a.protocol, b.protocol], "val")[1].correct)   # the authors' protocol looks as the authors do
+
+
+@pytest.mark.parametrize("label", [k for k, c in CONTENDERS.items() if not c.cached and not k.endswith("HT")])
+def test_others_refuse(label, net, bank):
+    c = CONTENDERS[label]
+    with pytest.raises(BadInput, match="one feature for each picture"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(quarters=True))
+
+
+@pytest.fixture(scope="module")
+def seen(banks, recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("seen")/"run"
+    return run(replace(recipe, views=2, quarters=True, paper=True, methods=("MTL", "ProtoNet")), banks, out), out
+
+
+def test_a_run_takes_more_looks_for_all(banks, recipe, seen, tmp_path):
+    results, out = seen
+    plain = run(replace(recipe, paper=True, methods=("MTL",)), banks, tmp_path/"plain")
+    row = lambda r, m, p="standard": next(x for x in r["rows"] if (x["method"], x["protocol"]) == (m, p))
+    assert plain["curves"]["mtl-1shot"] == results["curves"]["mtl-1shot"]   # training looks once, and does not know
+    assert row(plain, "head only")["correct"] != row(results, "head only")["correct"] and row(plain, "MTL")["correct"] != row(results, "MTL")["correct"]
+    assert row(plain, "head only", "paper")["correct"] == row(results, "head only", "paper")["correct"]
+    assert row(results, "ProtoNet")["paired"]["to"] == "head only"
+
+
+def test_what_is_kept_at_its_start_answers_like_head_only(banks, recipe, tmp_path):
+    r = run(replace(recipe, quarters=True, views=1, methods=("MTL",), phase2=replace(recipe.phase2, lr=0., head_lr=0.)), banks, tmp_path/"run")
+    a, b = r["rows"]
+    assert b["trained_tasks"] == 0 and a["correct"] == b["correct"] and b["paired"]["difference"] == 0
+
+
+def test_killed_and_resumed(banks, recipe, seen, tmp_path, monkeypatch):
+    mine = replace(recipe, views=2, quarters=True, paper=True, methods=("MTL", "ProtoNet"))
+    with killed_after(5, monkeypatch): run(mine, banks, tmp_path/"run")
+    assert same(run(mine, banks, tmp_path/"run", resume=True), seen[0])
+
+
+def test_saved_weights_sit_the_same_exam(banks, seen, tmp_path, monkeypatch, capsys):
+    from mtl_nb import cli
+    results, out = seen
+    monkeypatch.setattr(cli, "load_data", lambda *a, need, **k: {s: banks[s] for s in need})
+    assert not cli.mtl_meta_test(weights=str(out), data="glyphs", tasks=20, query=3)
+    said = capsys.readouterr().out
+    for r in results["rows"]:
+        if r["protocol"] == "standard": assert f"{r['accuracy']:.2f}" in said, (r["method"], said)
+
+
+def test_a_card_tells_how_the_exam_looked(seen, tmp_path):
+    publish(seen[1], tmp_path/"weights")
+    assert "every picture averaged with 2 augmented views of it, every picture seen under four quarter turns" in (tmp_path/"weights/README.md").read_text()
+
+
+def test_a_run_refuses_what_looks_once(banks, recipe, tmp_path):
+    with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for neither"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"quarter": True}, "did you mean quarters"),
+    ({"views": 2, "phase1.augment": None}, "set phase1.augment, or views=0"), ({"copies": 2, "phase1.augment": None}, "set phase1.augment, or copies=0")])
+def test_bad_recipes(changes, words):
+    with pytest.raises(BadInput, match=words): changed(preset("quick"), changes)
+
+
+def test_names_of_earlier_runs_hold():
+    found = 0
+    for file in (root/"data/results").glob("*.json"):
+        record = json.loads(file.read_text())
+        if "recipe_sha256" in record and asdict(Recipe()).keys() - record["recipe"].keys() <= {"views", "quarters"}:
+            found += 1
+            assert from_record(record["recipe"]).digest() == record["recipe_sha256"], file.name
+    assert found > 20
+    assert len({replace(Recipe(), **o).digest() for o in ({}, dict(views=1), dict(quarters=True), dict(copies=1))}) == 4
+    assert changed(preset("quick"), {"views": 2, "quarters": True}).changes == "quarters=true, views=2"
