@@ -19,7 +19,7 @@ from fastcore.script import call_parse, store_true
 
 from .benchmarks import SETS, load_data
 from .checkpoints import read_json, sha256, write_whole
-from .contenders import find_method, rows_of
+from .contenders import check_looks, find_method, rows_of
 from .data import BadInput
 from .devices import Machine, TimeUp, at_the_door, join, pick_device
 from .experiments import run
@@ -72,7 +72,8 @@ def _recipe(entry, name, seed): # the recipe that an entry asks for
     if "preset" not in entry: raise BadInput("it needs a 'preset'")
     given, changes = {k: f(entry[k]) for k, f in (("shots", tuple), ("methods", _methods)) if k in entry}, entry.get("set", {})
     if own := {"shots", "methods"} & changes.keys(): raise BadInput(f"'{min(own)}' is no matter for 'set'")
-    return changed(preset(entry["preset"], name, seed=seed, **given), changes)
+    check_looks((recipe := changed(preset(entry["preset"], name, seed=seed, **given), changes)).looks, recipe.methods)
+    return recipe
 
 def _job(entry, seed, suffix, earlier): # the job of an entry for one of its seeds
     more = dict(minutes=entry.get("minutes"), why=entry.get("why", ""))

@@ -19,7 +19,7 @@ from fastcore.script import call_parse, store_true
 from .base_learner import BaseLearner
 from .benchmarks import SETS, load_data
 from .checkpoints import load, read_json, write_whole
-from .contenders import Contender, find_method, load_method, rows_of, set_inner
+from .contenders import Contender, check_looks, find_method, load_method, rows_of, set_inner
 from .data import BadInput
 from .devices import Machine, at_the_door, join, pick_device
 from .episodes import TaskShape
@@ -123,6 +123,7 @@ def mtl_run(
         if recipe.data != name: raise BadInput(f"--equal-time: that run is on '{recipe.data}', --data is '{name}'")
         if backbone and (own := [k for k in asked if k.split(".")[0] in PHASE1]): raise BadInput(f"--backbone brings its phase 1 with it: leave {', '.join(own)} out of --set")
         if backbone and not Path(backbone).is_file(): raise BadInput(f"--backbone: no such file: {backbone}")
+        check_looks(recipe.looks, recipe.methods)
         if at_once < 0: raise BadInput(f"--at-once must not be negative, got {at_once}")
         try: machine = Machine(dev, join(dev), at_once, compile, rest=15.)
         except ValueError as e: raise BadInput(str(e)) from None
@@ -221,7 +222,7 @@ def mtl_meta_test(
             result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, looks=looks)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
-        print("\n" + table(dict(rows=rows, data=dict(name=name))))
+        print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=dict(views=looks.views, quarters=looks.quarters))))
     return at_the_door(command, BadInput)
 
 # %% ../nbs/21_cli.ipynb #e46a673b

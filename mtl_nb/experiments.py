@@ -24,7 +24,7 @@ from . import __version__
 from .ablations import trained
 from .base_learner import BaseLearner
 from .checkpoints import RunFolder, read_json, save, sha256, write_whole
-from .contenders import find_method, inner_of, load_method
+from .contenders import check_looks, find_method, inner_of, load_method
 from .data import BadInput, ImageBank
 from .devices import Machine
 from .episodes import TaskShape
@@ -198,7 +198,8 @@ def _check(recipe, banks):
     batch, shares = min(recipe.phase1.batch, len(banks["train"])), recipe.phase1.shares
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     if len({find_method(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
-    if recipe.looks.many and (odd := [o for o in recipe.methods if not find_method(o).cached]): raise BadInput(f"views and quarters are for methods that have one feature for each picture: leave out {', '.join(odd)}, or ask for neither")
+    check_looks(recipe.looks, recipe.methods)
+    if (turned := [k for k, o in (("quarters", recipe.quarters), ("extras.turns", recipe.extras.turns)) if o]) and (odd := next((b for b in banks.values() if b.x.shape[2] != b.x.shape[3]), None)): raise BadInput(f"only square pictures can be turned, these are {odd.x.shape[2]} by {odd.x.shape[3]} pixels: set --size, or leave out {', '.join(turned)}")
     for k in recipe.shots:
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
         if recipe.paper: paper_protocol(k, recipe.way).shape.check(banks[recipe.exam], f"'{recipe.exam}'")

@@ -8,7 +8,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/looks.html.md"""
 __all__ = ['Looks']
 
 # %% ../nbs/17_looks.ipynb #db0e9e30
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +28,13 @@ class Looks:
     copies:int=0 # augmented copies of each support picture, which join the support set
     views:int=0 # augmented views of every picture, whose features are averaged with its own
     quarters:bool=False # is every picture also seen turned by one, two and three quarters? The four features stand side by side
-    how:dict|None=field(default_factory=dict) # keywords of `augment`
+    how:dict|None=None # keywords of `augment`
     def __post_init__(self):
         for name in ("copies", "views"):
             n = getattr(self, name)
             if not (type(n) is int and 0 <= n <= 100): raise BadInput(f"{name} must be a whole number from 0 to 100, got {n}")
-            if n and self.how is None: raise BadInput(f"{name} are augmented as in phase 1, and this phase 1 had no augmentation: set phase1.augment, or {name}=0")
+            if n and self.how is None: raise BadInput(f"{name} are augmented, and it is not said how: in a recipe set phase1.augment, or {name}=0; in Python how=dict(pad=4)")
+        if type(self.quarters) is not bool: raise BadInput(f"quarters must be true or false, got {self.quarters!r}")
     @property
     def many(self) -> bool: # or is it one feature for one look?
         return bool(self.views or self.quarters)

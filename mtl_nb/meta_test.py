@@ -182,10 +182,12 @@ def table(
 ) -> str:
     "The rows as text: accuracy with its 95 % interval and, in brackets, the paired difference to head only."
     rows, out, wide = results["rows"], [], max([12] + [len(r["method"]) + 2 for r in results["rows"]])
+    asked = results.get("recipe", {}) # its looks make the standard exam another one
+    looks = f", {asked.get('views')} views"*bool(asked.get("views")) + ", quarter turns"*bool(asked.get("quarters"))
     for protocol, split in dict.fromkeys((r["protocol"], r["split"]) for r in rows):
         mine = [r for r in rows if (r["protocol"], r["split"]) == (protocol, split)]
         shots = sorted({r["shot"] for r in mine})
-        out += [f"{mine[0]['way']}-way accuracy in % on {results['data']['name']} {split}, {mine[0]['tasks']:,} tasks, {protocol} protocol"] + ["in brackets: the paired difference to head only"]*any("paired" in r for r in mine) + ["",
+        out += [f"{mine[0]['way']}-way accuracy in % on {results['data']['name']} {split}, {mine[0]['tasks']:,} tasks, {protocol} protocol{looks*(protocol == 'standard')}"] + ["in brackets: the paired difference to head only"]*any("paired" in r for r in mine) + ["",
                 f"{'':{wide}}" + "".join(f"{f'{k}-shot':<30}" for k in shots)]
         for method in dict.fromkeys(r["method"] for r in mine):
             cells = []

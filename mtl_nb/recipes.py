@@ -42,7 +42,7 @@ class Recipe:
     phase1:PretrainConfig=field(default_factory=PretrainConfig)
     phase2:MetaTrainConfig=field(default_factory=MetaTrainConfig)
     order:int=2 # of the outer gradient
-    inner:tuple[float,int]|None=None # inner rate and steps in phase 2; None: those that `select` chose for head only
+    inner:tuple[float,int]|None=None # inner rate and steps in phase 2; None: those that `select` chose for head only, with the looks of its exam
     hard:dict=field(default_factory=lambda: {1: 10, 5: 4, 10: 4}) # hard tasks after every 20 random ones, by shot
     select:int=2000 # tasks of the `select` list on val
     every:int=200 # training tasks between two looks at it

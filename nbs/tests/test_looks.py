@@ -9,6 +9,7 @@ from conftest import root
 from test_experiments import banks, killed_after, recipe, same  # noqa: F401
 
 from mtl_nb.base_learner import BaseLearner
+from mtl_nb.campaign import read_plan
 from mtl_nb.contenders import CONTENDERS, find_method
 from mtl_nb.data import BadInput, ImageBank, augment
 from mtl_nb.devices import ALONE, Team
@@ -16,9 +17,10 @@ from mtl_nb.episodes import TaskShape
 from mtl_nb.evaluation import features, make_exam
 from mtl_nb.experiments import run
 from mtl_nb.looks import Looks
-from mtl_nb.meta_test import Protocol, paper_protocol
+from mtl_nb.meta_test import Protocol, paper_protocol, table
 from mtl_nb.meta_train import MTL
 from mtl_nb.recipes import Recipe, changed, from_record, preset
+from mtl_nb.stronger import Extras
 from mtl_nb.weights import publish
 
 how = dict(pad=3, jitter=.5)
@@ -125,6 +127,28 @@ def test_a_card_tells_how_the_exam_looked(seen, tmp_path):
 def test_a_run_refuses_what_looks_once(banks, recipe, tmp_path):
     with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for neither"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
     assert not (tmp_path/"run").exists()
+
+
+@pytest.mark.parametrize("change, words", [(dict(quarters=True), "quarters"), (dict(extras=Extras(turns=.5)), "extras.turns")])
+def test_pictures_that_are_not_square_are_refused_before_training(banks, recipe, tmp_path, change, words):
+    wide = {k: ImageBank(b.x[..., :30, :], b.y, b.names, b.hashes) for k, b in banks.items()}
+    with pytest.raises(BadInput, match=f"only square pictures can be turned, these are 30 by 32 pixels: set --size, or leave out {words}"): run(replace(recipe, **change), wide, tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
+def test_a_plan_is_refused_before_any_of_it_runs(tmp_path):
+    (tmp_path/"plan.json").write_text(json.dumps([dict(name="a", data="glyphs", preset="quick", methods="none"), dict(name="b", data="glyphs", preset="quick", methods="maml-4-conv", set=dict(views=2))]))
+    with pytest.raises(BadInput, match="job 2 'b': views and quarters are for methods .* leave out MAML 4-conv"): read_plan(tmp_path/"plan.json")
+
+
+def test_a_table_tells_how_the_exam_looked(seen, banks):
+    standard, paper = (next(o for o in table(seen[0]).split("\n") if f"{p} protocol" in o) for p in ("standard", "paper"))
+    assert standard.endswith("standard protocol, 2 views, quarter turns") and paper.endswith("paper protocol")
+
+
+def test_in_python_it_has_to_be_said_how():
+    with pytest.raises(BadInput, match=r"in Python how=dict\(pad=4\)"): Looks(views=4)
+    with pytest.raises(BadInput, match="quarters must be true or false, got 'no'"): Looks(quarters="no")
 
 
 @pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"quarter": True}, "did you mean quarters"),
