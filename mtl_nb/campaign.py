@@ -72,7 +72,8 @@ def _recipe(entry, name, seed): # the recipe that an entry asks for
     if "preset" not in entry: raise BadInput("it needs a 'preset'")
     given, changes = {k: f(entry[k]) for k, f in (("shots", tuple), ("methods", _methods)) if k in entry}, entry.get("set", {})
     if own := {"shots", "methods"} & changes.keys(): raise BadInput(f"'{min(own)}' is no matter for 'set'")
-    check_looks((recipe := changed(preset(entry["preset"], name, seed=seed, **given), changes)).looks, recipe.methods)
+    recipe = changed(preset(entry["preset"], name, seed=seed, **given), changes)
+    check_looks(recipe.looks, recipe.methods)
     return recipe
 
 def _job(entry, seed, suffix, earlier): # the job of an entry for one of its seeds

@@ -13,7 +13,6 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -191,7 +190,7 @@ def _finish(recipe, folder, rows, data, machine, seconds):
     return results
 
 # %% ../nbs/18_experiments.ipynb #39b06f48
-def _check(recipe, banks):
+def _check(recipe, banks, trains): # `trains`: is phase 1 to be done?
     if recipe.exam not in banks: raise BadInput(f"the exam is to be on '{recipe.exam}', but the data has only {', '.join(banks)}")
     small = min(min(b.x.shape[2:]) for b in banks.values())
     if small < 16: raise BadInput(f"images of {small} pixels are too small: ResNet-12 needs 16; set --size")
@@ -199,7 +198,8 @@ def _check(recipe, banks):
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     if len({find_method(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
     check_looks(recipe.looks, recipe.methods)
-    if (turned := [k for k, o in (("quarters", recipe.quarters), ("extras.turns", recipe.extras.turns)) if o]) and (odd := next((b for b in banks.values() if b.x.shape[2] != b.x.shape[3]), None)): raise BadInput(f"only square pictures can be turned, these are {odd.x.shape[2]} by {odd.x.shape[3]} pixels: set --size, or leave out {', '.join(turned)}")
+    odd = {name: b.x.shape[2:] for asked, name, splits in ((recipe.quarters, "quarters", ("val", recipe.exam)), (trains and recipe.extras.turns, "extras.turns", ("train",))) if asked for b in map(banks.get, splits) if b.x.shape[2] != b.x.shape[3]}
+    if odd: raise BadInput(f"only square pictures can be turned, these are {' by '.join(map(str, next(iter(odd.values()))))} pixels: set --size, or leave out {', '.join(odd)}")
     for k in recipe.shots:
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
         if recipe.paper: paper_protocol(k, recipe.way).shape.check(banks[recipe.exam], f"'{recipe.exam}'")
@@ -238,7 +238,7 @@ def run(
     backbone:Path|None=None, # weights that take the place of phase 1
 ) -> dict: # what `results.json` holds
     "All three phases, phase 2 and 3 for every method and shot that the recipe asks for. Raises `BadInput` at the door."
-    _check(recipe, banks)
+    _check(recipe, banks, not backbone)
     if backbone: recipe = _given(backbone, recipe, banks)
     data = dict(name=recipe.data, digest={k: b.digest for k, b in banks.items()})
     if any(o != data for o in machine.team.ask(data)): raise BadInput("the processes have read different pictures: give each machine the same")
@@ -250,8 +250,9 @@ def run(
     else: phase_one(recipe, banks, folder, machine)
     net, centre, record = read_backbone(theta, device)
     looks, base = recipe.looks, lambda *inner: BaseLearner(net.d, recipe.way, *inner).to(device)
-    head = lambda once, *inner: MTL(net, base(*inner) if once else looks.start(base(*inner)), centre)
+    head = lambda plain, *inner: MTL(net, base(*inner) if plain else looks.start(base(*inner)), centre)
     seen = {s: looks.see(head(True), banks[s], team) for s in dict.fromkeys(("val", recipe.exam))}
+    once = features(head(True).embed, banks[recipe.exam], device=device, team=team) if looks.many and recipe.paper else seen[recipe.exam][0] # what the authors' protocol sees
     rows, seconds = [], dict(pretrain=record["seconds"], meta_train=0., meta_test=0.)
     for k in recipe.shots:
         select = make_exam(banks["val"], TaskShape(recipe.way, k, recipe.query), 1, recipe.select)
@@ -261,7 +262,7 @@ def run(
             if find_method(label).meta: phase_two(recipe, label, k, banks, folder, recipe.inner or (lr, steps), machine)
         began, held = time.perf_counter(), folder.kept(f"exam-{k}shot") or dict(rows={}, seconds=0.)
         protocols = [Protocol("standard", TaskShape(recipe.way, k, recipe.query), recipe.tasks)] + [paper_protocol(k, recipe.way)]*recipe.paper
-        rivals = {p.name: meta_test(head(p.mirrored, lr, steps), banks[recipe.exam], p, recipe.exam, None if p.mirrored and looks.many else seen[recipe.exam][0], team, seen[recipe.exam][1]) for p in protocols}
+        rivals = {p.name: meta_test(head(p.mirrored, lr, steps), banks[recipe.exam], p, recipe.exam, once if p.mirrored else seen[recipe.exam][0], team, seen[recipe.exam][1]) for p in protocols}
         rows += [row(recipe.head_label, r, recipe.seed) for r in rivals.values()]
         for method in map(find_method, recipe.methods):
             spent, name = {}, method.published

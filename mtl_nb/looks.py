@@ -40,11 +40,6 @@ class Looks:
         return bool(self.views or self.quarters)
 
 # %% ../nbs/17_looks.ipynb #2e1b9e6c
-def _mean(looks, centred): # of features [n,D], one after the other; of one length, if features are
-    total, n = 0., 0
-    for f in looks: total, n = total + f, n + 1
-    return 4*F.normalize(total, dim=-1) if centred and n > 1 else total/n
-
 def _beside(parts): # [...,D] each: one feature as long as before, on the average
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)/len(parts)**.5
 
@@ -54,13 +49,15 @@ def see(self:Looks,
     bank:ImageBank, # the pictures of an exam
     team:Team=ALONE, # the processes that share the work
 ) -> tuple[Tensor,Tensor|None]: # float32 [n,D], with `quarters` [n,4D]; and the same of the copies, [c,n,D] or [c,n,4D], if there are any; raises `BadInput` when they are not square
-    "Every picture of a bank embedded once, as often as is asked for."
+    "Every picture of a bank embedded, as many times as is asked for."
     if self.quarters and bank.x.shape[2] != bank.x.shape[3]: raise BadInput(f"only square pictures can be turned by a quarter, these are {bank.x.shape[2]} by {bank.x.shape[3]} pixels")
     place, feats, more = dict(device=model.base.weight.device, team=team), [], []
     for k in range(4 if self.quarters else 1):
         turn = (lambda x, k=k: model.embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))) if k else model.embed
-        again = (copies(turn, bank, 1, self.how, 1000 + v, **place)[0] for v in range(self.views))
-        feats.append(_mean((o for part in ([features(turn, bank, **place)], again) for o in part), model.centre is not None))
+        f = features(turn, bank, **place)
+        for v in range(self.views): f = f + copies(turn, bank, 1, self.how, 1000 + v, **place)[0]
+        if self.views: f = f/(1 + self.views) if model.centre is None else 4*F.normalize(f, dim=-1) # centred: of one length again
+        feats.append(f)
         if self.copies: more.append(copies(turn, bank, self.copies, self.how, **place))
     return _beside(feats), _beside(more) if more else None
 

@@ -10,7 +10,7 @@ from test_experiments import banks, killed_after, recipe, same  # noqa: F401
 
 from mtl_nb.base_learner import BaseLearner
 from mtl_nb.campaign import read_plan
-from mtl_nb.contenders import CONTENDERS, find_method
+from mtl_nb.contenders import CONTENDERS
 from mtl_nb.data import BadInput, ImageBank, augment
 from mtl_nb.devices import ALONE, Team
 from mtl_nb.episodes import TaskShape
@@ -134,6 +134,12 @@ def test_pictures_that_are_not_square_are_refused_before_training(banks, recipe,
     wide = {k: ImageBank(b.x[..., :30, :], b.y, b.names, b.hashes) for k, b in banks.items()}
     with pytest.raises(BadInput, match=f"only square pictures can be turned, these are 30 by 32 pixels: set --size, or leave out {words}"): run(replace(recipe, **change), wide, tmp_path/"run")
     assert not (tmp_path/"run").exists()
+
+
+def test_a_backbone_that_was_trained_on_turns_is_asked_for_none_of_them(banks, recipe, tmp_path):
+    turned, wide = replace(recipe, extras=Extras(turns=.5), methods=()), {k: ImageBank(b.x[..., :30, :], b.y, b.names, b.hashes) for k, b in banks.items()}
+    run(turned, banks, tmp_path/"square")
+    assert [r["method"] for r in run(turned, wide, tmp_path/"wide", backbone=tmp_path/"square/pretrain.safetensors")["rows"]] == ["head only"]
 
 
 def test_a_plan_is_refused_before_any_of_it_runs(tmp_path):
