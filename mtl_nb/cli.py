@@ -10,7 +10,7 @@ __all__ = ['numbers', 'device_of', 'settings', 'mtl_run', 'models_of', 'mtl_meta
 # %% ../nbs/21_cli.ipynb #bd9cb018
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -222,7 +222,7 @@ def mtl_meta_test(
             result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, looks=looks)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
-        print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=dict(views=looks.views, quarters=looks.quarters))))
+        print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=asdict(looks))))
     return at_the_door(command, BadInput)
 
 # %% ../nbs/21_cli.ipynb #e46a673b

@@ -198,8 +198,9 @@ def _check(recipe, banks, trains): # `trains`: is phase 1 to be done?
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     if len({find_method(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
     check_looks(recipe.looks, recipe.methods)
-    odd = {name: b.x.shape[2:] for asked, name, splits in ((recipe.quarters, "quarters", ("val", recipe.exam)), (trains and recipe.extras.turns, "extras.turns", ("train",))) if asked for b in map(banks.get, splits) if b.x.shape[2] != b.x.shape[3]}
-    if odd: raise BadInput(f"only square pictures can be turned, these are {' by '.join(map(str, next(iter(odd.values()))))} pixels: set --size, or leave out {', '.join(odd)}")
+    for split in ("val", recipe.exam): recipe.looks.check(banks[split])
+    high, wide = banks["train"].x.shape[2:]
+    if trains and recipe.extras.turns and high != wide: raise BadInput(f"only square pictures can be turned, these are {high} by {wide} pixels: set --size, or leave out extras.turns")
     for k in recipe.shots:
         for split in dict.fromkeys(("train", "val", recipe.exam)): TaskShape(recipe.way, k, recipe.query).check(banks[split], f"'{split}'")
         if recipe.paper: paper_protocol(k, recipe.way).shape.check(banks[recipe.exam], f"'{recipe.exam}'")

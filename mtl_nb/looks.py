@@ -1,4 +1,4 @@
-"""Augmented views and quarter turns of the pictures of an exam: what a network that is already trained can still give.
+"""Augmented views, quarter turns and peaks of the pictures of an exam: what a network that is already trained can still give.
 
 Docs: https://mtl-nb.github.io/mtl_nb/looks.html.md"""
 
@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base_learner import BaseLearner
 from .data import BadInput, ImageBank
 from .devices import ALONE, Team
 from .evaluation import copies, features
 from .meta_train import MTL
+from .resnet12 import ResNet12
 
 # %% ../nbs/17_looks.ipynb #e488295b
 @dataclass(frozen=True)
@@ -29,31 +30,58 @@ class Looks:
     views:int=0 # augmented views of every picture, whose features are averaged with its own
     quarters:bool=False # is every picture also seen turned by one, two and three quarters? The four features stand side by side
     how:dict|None=None # keywords of `augment`
+    peaks:bool=False # does the largest value of each channel stand beside its mean?
     def __post_init__(self):
         for name in ("copies", "views"):
             n = getattr(self, name)
             if not (type(n) is int and 0 <= n <= 100): raise BadInput(f"{name} must be a whole number from 0 to 100, got {n}")
             if n and self.how is None: raise BadInput(f"{name} are augmented, and it is not said how: in a recipe set phase1.augment, or {name}=0; in Python how=dict(pad=4)")
-        if type(self.quarters) is not bool: raise BadInput(f"quarters must be true or false, got {self.quarters!r}")
+        for name in ("quarters", "peaks"):
+            if type(getattr(self, name)) is not bool: raise BadInput(f"{name} must be true or false, got {getattr(self, name)!r}")
     @property
-    def many(self) -> bool: # or is it one feature for one look?
-        return bool(self.views or self.quarters)
+    def many(self) -> bool: # is a picture's feature more than `embed` of it once?
+        return bool(self.views or self.quarters or self.peaks)
+    @property
+    def parts(self) -> int: # features that stand side by side
+        return (4 if self.quarters else 1)*(2 if self.peaks else 1)
+    def check(self,
+        bank:ImageBank, # the pictures of an exam
+    ) -> None: # raises `BadInput`
+        "Refuse pictures that cannot be looked at in this way."
+        high, wide = bank.x.shape[2:]
+        if self.quarters and high != wide: raise BadInput(f"only square pictures can be turned, these are {high} by {wide} pixels: set --size, or leave out quarters")
+        if self.peaks and min(high, wide) < 32: raise BadInput(f"peaks need pictures of at least 32 pixels a side, so that the last maps have several places, these are {high} by {wide}: set --size, or leave out peaks")
 
-# %% ../nbs/17_looks.ipynb #2e1b9e6c
+# %% ../nbs/17_looks.ipynb #c683f14d
 def _beside(parts): # [...,D] each: one feature as long as before, on the average
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)/len(parts)**.5
 
+class _Peaks(nn.Module): # a method, with the peak of each channel beside its mean
+    def __init__(self, model):
+        super().__init__()
+        if not isinstance(model.backbone, ResNet12): raise BadInput(f"peaks are read from the last maps of a ResNet12, this model's backbone is a {type(model.backbone).__name__}")
+        self.model = model
+    def embed(self, x): # [B,C,H,W] -> [B,2D], in one pass
+        maps = []
+        hook = self.model.backbone.blocks.register_forward_hook(lambda net, x, out: maps.append(out))
+        try: f = self.model.embed(x)
+        finally: hook.remove()
+        peaks = maps[0].amax((2, 3)).float()
+        return _beside([f, f.norm(dim=1, keepdim=True)*F.normalize(peaks - peaks.mean(1, keepdim=True))])
+
+# %% ../nbs/17_looks.ipynb #eacbad09
 @patch
 def see(self:Looks,
     model:MTL, # of any method that has one feature for each picture, in evaluation mode
     bank:ImageBank, # the pictures of an exam
     team:Team=ALONE, # the processes that share the work
-) -> tuple[Tensor,Tensor|None]: # float32 [n,D], with `quarters` [n,4D]; and the same of the copies, [c,n,D] or [c,n,4D], if there are any; raises `BadInput` when they are not square
+) -> tuple[Tensor,Tensor|None]: # float32 [n,PD] of P `parts`; and the same of the copies, [c,n,PD], if there are any; raises `BadInput` for pictures that cannot be looked at so
     "Every picture of a bank embedded, as many times as is asked for."
-    if self.quarters and bank.x.shape[2] != bank.x.shape[3]: raise BadInput(f"only square pictures can be turned by a quarter, these are {bank.x.shape[2]} by {bank.x.shape[3]} pixels")
+    self.check(bank)
     place, feats, more = dict(device=model.base.weight.device, team=team), [], []
+    embed = _Peaks(model).embed if self.peaks else model.embed
     for k in range(4 if self.quarters else 1):
-        turn = (lambda x, k=k: model.embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))) if k else model.embed
+        turn = (lambda x, k=k: embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))) if k else embed
         f = features(turn, bank, **place)
         for v in range(self.views): f = f + copies(turn, bank, 1, self.how, 1000 + v, **place)[0]
         if self.views: f = f/(1 + self.views) if model.centre is None else 4*F.normalize(f, dim=-1) # centred: of one length again
@@ -67,7 +95,7 @@ def start(self:Looks,
     base, # θ₀ in a `BaseLearner`, or any base that fits features of every length
 ): # the same, for features as `see` gives them
     "The head's start for features side by side."
-    if not (self.quarters and isinstance(base, BaseLearner)): return base
-    wide = BaseLearner(4*base.weight.shape[1], len(base.weight), base.lr, base.steps, base.order).to(base.weight.device).requires_grad_(False)
-    wide.weight.copy_(base.weight.repeat(1, 4)/2); wide.bias.copy_(base.bias)
+    if self.parts == 1 or not isinstance(base, BaseLearner): return base
+    wide = BaseLearner(self.parts*base.weight.shape[1], len(base.weight), base.lr, base.steps, base.order).to(base.weight).requires_grad_(False)
+    wide.weight.copy_(base.weight.detach().repeat(1, self.parts)/self.parts**.5); wide.bias.copy_(base.bias.detach())
     return wide

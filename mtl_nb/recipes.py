@@ -55,6 +55,7 @@ class Recipe:
     copies:int=0 # augmented copies of each support image at the exam, for every method; they are augmented as in phase 1
     views:int=0 # augmented [views of every picture](17_looks.ipynb) at the exam, averaged with it, likewise
     quarters:bool=False # is every picture of the exam also seen turned by quarters, the features side by side?
+    peaks:bool=False # does the largest value of each channel stand beside its mean, at the exam?
     def __post_init__(self): _check(self)
 
 # %% ../nbs/17_recipes.ipynb #b388ce94
@@ -65,7 +66,7 @@ def _check(r):
     p, q, count = r.phase1, r.phase2, lambda x: type(x) is int and x >= 1
     wants = [(r.shots and all(map(count, r.shots)) and len(set(r.shots)) == len(r.shots), f"--shots must be different numbers, each at least 1, got {list(r.shots)}"),
         (r.way >= 2, f"--way must be at least 2, got {r.way}"), (r.query >= 1, f"--query must be at least 1, got {r.query}"), (2 <= r.tasks <= _MANY, f"an exam needs at least 2 tasks, and at most {_MANY:,}, got {r.tasks}"),
-        (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
+        (r.size is None or r.size >= 16, f"--size must be at least 16 pixels, got {r.size}"), (r.size is None or not r.peaks or r.size >= 32, f"peaks need pictures of at least 32 pixels a side, got --size {r.size}"), (0 <= r.seed < 2**32, f"--seed must be between 0 and 2**32, got {r.seed}"),
         (r.exam in ("val", "test"), f"--exam is test or val, got '{r.exam}'"), (len(r.widths) == 4 and all(map(count, r.widths)), f"widths must be four whole numbers, got {list(r.widths)}"),
         (0 <= r.drop < 1, f"drop must be at least 0 and below 1, got {r.drop}"), (not r.extras.block or r.drop, "extras.block needs a rate of dropout: set drop, too"),
         (r.order in (1, 2), f"order must be 1 or 2, got {r.order}"), (2 <= r.select <= _MANY and r.every >= 1 and r.patience >= 0, f"select must be from 2 to {_MANY:,}, every at least 1, patience not negative, got {r.select}, {r.every}, {r.patience}"),
@@ -77,7 +78,7 @@ def _check(r):
         (0 <= q.lr < inf and 0 <= q.head_lr < inf and 0 <= q.floor <= 1, f"phase 2: rates must not be negative, floor between 0 and 1, got {q.lr}, {q.head_lr}, {q.floor}")]
     for fine, words in wants:
         if not fine: raise BadInput(words)
-    Looks(r.copies, r.views, r.quarters, p.augment) # it has its own door
+    Looks(r.copies, r.views, r.quarters, p.augment, r.peaks) # it has its own door
 
 _AUGMENT = ("pad", "flip", "jitter", "zoom")
 
@@ -87,7 +88,7 @@ def _crops(c): # keywords that `augment` can take
         number(c.get(k, 1)) and low <= c.get(k, 1) <= 1 for k, low in (("jitter", 0), ("zoom", .01)))
 
 # %% ../nbs/17_recipes.ipynb #866e67d6
-_LATER = ("views", "quarters") # fields younger than some recorded runs
+_LATER = ("views", "quarters", "peaks") # fields younger than some recorded runs
 
 @patch
 def digest(self:Recipe) -> str: # hexadecimal SHA-256
@@ -169,7 +170,7 @@ def fields(self:Recipe) -> dict: # values as in JSON, by the names that `changed
 @patch(as_prop=True)
 def looks(self:Recipe) -> Looks:
     "How its exam [looks at the pictures](17_looks.ipynb)."
-    return Looks(self.copies, self.views, self.quarters, self.phase1.augment)
+    return Looks(self.copies, self.views, self.quarters, self.phase1.augment, self.peaks)
 
 @patch(as_prop=True)
 def training(self:Recipe) -> dict: # some of `fields`

@@ -19,6 +19,7 @@ from mtl_nb.experiments import run
 from mtl_nb.looks import Looks
 from mtl_nb.meta_test import Protocol, paper_protocol, table
 from mtl_nb.meta_train import MTL
+from mtl_nb.other_methods import ConvNet4
 from mtl_nb.recipes import Recipe, changed, from_record, preset
 from mtl_nb.stronger import Extras
 from mtl_nb.weights import publish
@@ -40,6 +41,56 @@ def test_many_looks_by_hand(net, bank, centred):
     assert feats.shape == (len(bank), 4*net.d) and more.shape == (2, len(bank), 4*net.d)
 
 
+def with_peaks(model, x): # the long way
+    maps, f = model.backbone.blocks(x), model.embed(x)
+    p = maps.flatten(2).max(2)[0]
+    return torch.cat([f, f.norm(dim=1, keepdim=True)*F.normalize(p - p.mean(1, keepdim=True), dim=1)], 1)/2**.5
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_peaks_by_hand(centred, net, large):
+    model = MTL(net, BaseLearner(net.d, 5), features(net, large).mean(0) if centred else None)
+    every, plain = large.take(torch.arange(len(large))), with_peaks(model, large.take(torch.arange(len(large))))
+    feats, more = Looks(peaks=True).see(model, large)
+    assert more is None and torch.allclose(feats, plain, rtol=1e-4, atol=1e-4) and torch.allclose(feats[:, :net.d]*2**.5, features(model.embed, large), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(feats.norm(dim=1), features(model.embed, large).norm(dim=1), atol=1e-4) and (feats[:, net.d:] - plain[:, :net.d]).abs().max() > .01
+    feats, more = Looks(1, 2, True, how, True).see(model, large)
+    by_hand, rolled = [], []
+    for k in range(4):
+        mean = sum(with_peaks(model, x.rot90(k, (2, 3))) for x in (every, *(augment(every, torch.Generator().manual_seed(10_007*(1000 + v)), **how) for v in range(2))))/3
+        by_hand.append((4*F.normalize(mean, dim=1) if centred else mean)/2)
+        rolled.append(with_peaks(model, augment(every, torch.Generator().manual_seed(0), **how).rot90(k, (2, 3)))/2)
+    assert torch.allclose(feats, torch.cat(by_hand, 1), rtol=1e-4, atol=1e-4) and torch.allclose(more[0], torch.cat(rolled, 1), rtol=1e-4, atol=1e-4)
+    assert feats.shape == (len(large), 8*net.d)
+
+
+def test_peaks_leave_nothing_behind_and_ask_for_evaluation_mode(net, large):
+    model = MTL(net, BaseLearner(net.d, 5))
+    Looks(peaks=True).see(model, large)
+    assert not net.blocks._forward_hooks
+    net.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"): Looks(peaks=True).see(model, large)
+    finally: net.eval()
+    with pytest.raises(BadInput, match="at least 32 pixels a side"): Looks(peaks=True).see(model, ImageBank(large.x[:, :, :12], large.y, large.names))
+    with pytest.raises(RuntimeError, match="broken"): Looks(peaks=True).see(_Broken(net, BaseLearner(net.d, 5)), large)   # within the pass
+    assert not net.blocks._forward_hooks
+
+
+class _Broken(MTL):
+    def embed(self, x): raise RuntimeError("broken")
+
+
+def test_peaks_ask_for_maps(net, large):
+    for backbone, kind in ((torch.nn.Sequential(net), "Sequential"), (ConvNet4(8, size=48), "ConvNet4")):
+        with pytest.raises(BadInput, match=f"last maps of a ResNet12, this model's backbone is a {kind}"): Looks(peaks=True).see(MTL(backbone, BaseLearner(net.d, 5)), large)
+
+
+@pytest.fixture(scope="module")
+def large(): # their last maps have 3 x 3 places
+    return ImageBank(torch.randint(256, (24, 3, 48, 48), generator=torch.Generator().manual_seed(5)).to(torch.uint8), torch.arange(6).repeat_interleave(4), list("abcdef"))
+
+
 def test_processes_share_the_pictures(net, bank):
     class Part(Team):
         def cat(self, x, n): return x
@@ -53,21 +104,26 @@ def test_pictures_that_are_not_square(net):
     g = torch.Generator().manual_seed(0)
     wide = ImageBank(torch.randint(256, (4, 3, 16, 20), generator=g).to(torch.uint8), torch.arange(4), list("abcd"))
     model = MTL(net, BaseLearner(net.d, 2))
-    with pytest.raises(BadInput, match="only square pictures can be turned by a quarter, these are 16 by 20 pixels"): Looks(quarters=True).see(model, wide)
+    with pytest.raises(BadInput, match="only square pictures can be turned, these are 16 by 20 pixels: set --size, or leave out quarters"): Looks(quarters=True).see(model, wide)
     assert Looks(views=2, how=how).see(model, wide)[0].shape == (4, net.d)
 
 
 def test_a_start_keeps_its_inner_loop_and_is_not_touched(net):
     base = BaseLearner(net.d, 5, .3, 7, 1)
     with torch.no_grad(): base.weight.normal_()
-    before, wide = base.weight.clone(), Looks(quarters=True).start(base)
-    assert (wide.lr, wide.steps, wide.order, list(wide.weight.shape)) == (.3, 7, 1, [5, 4*net.d]) and torch.equal(base.weight, before)
+    for looks, parts in ((Looks(quarters=True), 4), (Looks(peaks=True), 2), (Looks(quarters=True, peaks=True), 8)):
+        before, wide = base.weight.clone(), looks.start(base)
+        assert (wide.lr, wide.steps, wide.order, list(wide.weight.shape)) == (.3, 7, 1, [5, parts*net.d]) and torch.equal(base.weight, before) and wide.weight.is_leaf and not wide.weight.requires_grad
+        f = torch.randn(3, parts, net.d, generator=torch.Generator().manual_seed(parts))   # before the first step: the mean of the answers to the parts
+        assert torch.allclose(F.linear(f.flatten(1)/parts**.5, wide.weight, wide.bias), F.linear(f.mean(1), base.weight, base.bias), atol=1e-5)
 
 
 @pytest.mark.parametrize("label", [k for k, c in CONTENDERS.items() if c.cached and not k.endswith("HT")])
-def test_every_method_with_a_feature_for_each_picture(label, net, bank):
+@pytest.mark.parametrize("peaks", [False, True])
+def test_every_method_with_a_feature_for_each_picture(peaks, label, net, bank, large):
+    if peaks: bank = large
     c = replace(CONTENDERS[label], few=20)
-    model, exam, looks = c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), make_exam(bank, TaskShape(5, 1, 2), 1, 20), Looks(1, 2, True, how)
+    model, exam, looks = c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), make_exam(bank, TaskShape(5, 1, 2), 1, 20), Looks(1, 2, True, how, peaks)
     right = lambda o: c.right(model, bank, exam, c.rates[-1:], c.steps[-1:], False, ALONE, o)
     assert right(Looks()).shape == right(looks).shape and not torch.equal(right(Looks()), right(looks))
     best = c.choose(model, bank, exam, looks=looks)
@@ -79,12 +135,13 @@ def test_every_method_with_a_feature_for_each_picture(label, net, bank):
 def test_others_refuse(label, net, bank):
     c = CONTENDERS[label]
     with pytest.raises(BadInput, match="one feature for each picture"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(quarters=True))
+    with pytest.raises(BadInput, match="views, quarters and peaks need a method"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(peaks=True))
 
 
 @pytest.fixture(scope="module")
 def seen(banks, recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("seen")/"run"
-    return run(replace(recipe, views=2, quarters=True, paper=True, methods=("MTL", "ProtoNet")), banks, out), out
+    return run(replace(recipe, views=2, quarters=True, peaks=True, paper=True, methods=("MTL", "ProtoNet")), banks, out), out
 
 
 def test_a_run_takes_more_looks_for_all(banks, recipe, seen, tmp_path):
@@ -98,13 +155,13 @@ def test_a_run_takes_more_looks_for_all(banks, recipe, seen, tmp_path):
 
 
 def test_what_is_kept_at_its_start_answers_like_head_only(banks, recipe, tmp_path):
-    r = run(replace(recipe, quarters=True, views=1, methods=("MTL",), phase2=replace(recipe.phase2, lr=0., head_lr=0.)), banks, tmp_path/"run")
+    r = run(replace(recipe, quarters=True, peaks=True, views=1, methods=("MTL",), phase2=replace(recipe.phase2, lr=0., head_lr=0.)), banks, tmp_path/"run")
     a, b = r["rows"]
     assert b["trained_tasks"] == 0 and a["correct"] == b["correct"] and b["paired"]["difference"] == 0
 
 
 def test_killed_and_resumed(banks, recipe, seen, tmp_path, monkeypatch):
-    mine = replace(recipe, views=2, quarters=True, paper=True, methods=("MTL", "ProtoNet"))
+    mine = replace(recipe, views=2, quarters=True, peaks=True, paper=True, methods=("MTL", "ProtoNet"))
     with killed_after(5, monkeypatch): run(mine, banks, tmp_path/"run")
     assert same(run(mine, banks, tmp_path/"run", resume=True), seen[0])
 
@@ -121,11 +178,11 @@ def test_saved_weights_sit_the_same_exam(banks, seen, tmp_path, monkeypatch, cap
 
 def test_a_card_tells_how_the_exam_looked(seen, tmp_path):
     publish(seen[1], tmp_path/"weights")
-    assert "every picture averaged with 2 augmented views of it, every picture seen under four quarter turns" in (tmp_path/"weights/README.md").read_text()
+    assert "every picture averaged with 2 augmented views of it, every picture seen under four quarter turns, the peak of each channel beside its mean" in (tmp_path/"weights/README.md").read_text()
 
 
 def test_a_run_refuses_what_looks_once(banks, recipe, tmp_path):
-    with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for neither"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
+    with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for none of the three"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
     assert not (tmp_path/"run").exists()
 
 
@@ -133,6 +190,12 @@ def test_a_run_refuses_what_looks_once(banks, recipe, tmp_path):
 def test_pictures_that_are_not_square_are_refused_before_training(banks, recipe, tmp_path, change, words):
     wide = {k: ImageBank(b.x[..., :30, :], b.y, b.names, b.hashes) for k, b in banks.items()}
     with pytest.raises(BadInput, match=f"only square pictures can be turned, these are 30 by 32 pixels: set --size, or leave out {words}"): run(replace(recipe, **change), wide, tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
+def test_pictures_too_small_for_peaks_are_refused_before_training(banks, recipe, tmp_path):
+    small = {k: ImageBank(b.x[..., :31, :31], b.y, b.names, b.hashes) for k, b in banks.items()}
+    with pytest.raises(BadInput, match="peaks need pictures of at least 32 pixels a side, .* these are 31 by 31: set --size, or leave out peaks"): run(replace(recipe, peaks=True), small, tmp_path/"run")
     assert not (tmp_path/"run").exists()
 
 
@@ -144,20 +207,21 @@ def test_a_backbone_that_was_trained_on_turns_is_asked_for_none_of_them(banks, r
 
 def test_a_plan_is_refused_before_any_of_it_runs(tmp_path):
     (tmp_path/"plan.json").write_text(json.dumps([dict(name="a", data="glyphs", preset="quick", methods="none"), dict(name="b", data="glyphs", preset="quick", methods="maml-4-conv", set=dict(views=2))]))
-    with pytest.raises(BadInput, match="job 2 'b': views and quarters are for methods .* leave out MAML 4-conv"): read_plan(tmp_path/"plan.json")
+    with pytest.raises(BadInput, match="job 2 'b': views, quarters and peaks are for methods .* leave out MAML 4-conv"): read_plan(tmp_path/"plan.json")
 
 
 def test_a_table_tells_how_the_exam_looked(seen, banks):
     standard, paper = (next(o for o in table(seen[0]).split("\n") if f"{p} protocol" in o) for p in ("standard", "paper"))
-    assert standard.endswith("standard protocol, 2 views, quarter turns") and paper.endswith("paper protocol")
+    assert standard.endswith("standard protocol, 2 views, quarter turns, peaks") and paper.endswith("paper protocol")
 
 
 def test_in_python_it_has_to_be_said_how():
     with pytest.raises(BadInput, match=r"in Python how=dict\(pad=4\)"): Looks(views=4)
     with pytest.raises(BadInput, match="quarters must be true or false, got 'no'"): Looks(quarters="no")
+    with pytest.raises(BadInput, match="peaks must be true or false, got 1"): Looks(peaks=1)
 
 
-@pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"quarter": True}, "did you mean quarters"),
+@pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"peaks": "yes"}, "peaks"), ({"peaks": True, "size": 24}, "at least 32 pixels a side, got --size 24"), ({"quarter": True}, "did you mean quarters"),
     ({"views": 2, "phase1.augment": None}, "set phase1.augment, or views=0"), ({"copies": 2, "phase1.augment": None}, "set phase1.augment, or copies=0")])
 def test_bad_recipes(changes, words):
     with pytest.raises(BadInput, match=words): changed(preset("quick"), changes)
@@ -167,9 +231,9 @@ def test_names_of_earlier_runs_hold():
     found = 0
     for file in (root/"data/results").glob("*.json"):
         record = json.loads(file.read_text())
-        if "recipe_sha256" in record and asdict(Recipe()).keys() - record["recipe"].keys() <= {"views", "quarters"}:
+        if "recipe_sha256" in record and asdict(Recipe()).keys() - record["recipe"].keys() <= {"views", "quarters", "peaks"}:
             found += 1
             assert from_record(record["recipe"]).digest() == record["recipe_sha256"], file.name
     assert found > 20
-    assert len({replace(Recipe(), **o).digest() for o in ({}, dict(views=1), dict(quarters=True), dict(copies=1))}) == 4
+    assert len({replace(Recipe(), **o).digest() for o in ({}, dict(views=1), dict(quarters=True), dict(peaks=True), dict(copies=1))}) == 5
     assert changed(preset("quick"), {"views": 2, "quarters": True}).changes == "quarters=true, views=2"
