@@ -78,7 +78,12 @@ def _check(r):
         (0 <= q.lr < inf and 0 <= q.head_lr < inf and 0 <= q.floor <= 1, f"phase 2: rates must not be negative, floor between 0 and 1, got {q.lr}, {q.head_lr}, {q.floor}")]
     for fine, words in wants:
         if not fine: raise BadInput(words)
-    Looks(r.copies, r.views, r.quarters, p.augment, r.peaks) # it has its own door
+    r.looks # they have a door of their own
+
+@patch(as_prop=True)
+def looks(self:Recipe) -> Looks:
+    "How its exam [looks at the pictures](17_looks.ipynb)."
+    return Looks(self.copies, self.views, self.quarters, self.phase1.augment, self.peaks)
 
 _AUGMENT = ("pad", "flip", "jitter", "zoom")
 
@@ -166,11 +171,6 @@ def fields(self:Recipe) -> dict: # values as in JSON, by the names that `changed
     "All that it holds, its parts taken apart."
     def flat(d, way): return {k: v for o, x in d.items() for k, v in (flat(x, f"{way}{o}.") if isinstance(x, dict) and x else {f"{way}{o}": x}).items()}
     return flat(json.loads(json.dumps(asdict(self))), "")
-
-@patch(as_prop=True)
-def looks(self:Recipe) -> Looks:
-    "How its exam [looks at the pictures](17_looks.ipynb)."
-    return Looks(self.copies, self.views, self.quarters, self.phase1.augment, self.peaks)
 
 @patch(as_prop=True)
 def training(self:Recipe) -> dict: # some of `fields`
