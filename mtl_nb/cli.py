@@ -210,9 +210,13 @@ def mtl_meta_test(
         dev, name = device_of(device), _named(data, root)
         models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))
         looks = recipe.looks if recipe else Looks()
-        bank = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split,))[split].to(dev)
+        banks = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split, "train") if looks.whiten else (split,))
+        bank = banks[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
-        if split != "train": check_new(load(_theta(Path(weights)))[1], bank, split)
+        record = load(_theta(Path(weights)))[1]
+        if split != "train": check_new(record, bank, split)
+        if looks.whiten and banks["train"].names != record.get("classes"): raise BadInput("these weights ask for whitening, which learns from the base classes that they were trained on, and 'train' holds others")
+        if looks.whiten: looks = replace(looks, base=banks["train"])
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
         for label, shape, method, model in models:
@@ -222,7 +226,7 @@ def mtl_meta_test(
             result, first = method.sit(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, looks=looks)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
-        print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=asdict(looks))))
+        print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=asdict(recipe) if recipe else {})))
     return at_the_door(command, BadInput)
 
 # %% ../nbs/21_cli.ipynb #e46a673b

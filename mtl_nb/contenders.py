@@ -48,7 +48,7 @@ def _with_copies(bank, exam, mirrored, looks): # images with their copies, and t
 
 def _on_images(right): # for a method that asks for images: copies come as such
     def with_copies(model, bank, exam, rates, steps, mirrored, team, looks=Looks()):
-        if looks.many: raise BadInput("views, quarters and peaks need a method that has one feature for each picture")
+        if looks.many: raise BadInput("views, quarters, peaks and whitening need a method that has one feature for each picture")
         return right(model, *_with_copies(bank, exam, mirrored, looks), rates, steps, mirrored, team)
     return with_copies
 
@@ -243,7 +243,7 @@ def check_looks(
     methods:tuple[str,...], # labels, as published
 ) -> None: # raises `BadInput`
     "Refuse several looks at a picture for methods that make its feature anew for each task."
-    if looks.many and (odd := [o for o in methods if not find_method(o).cached]): raise BadInput(f"views, quarters and peaks are for methods that have one feature for each picture: leave out {', '.join(odd)}, or ask for none of the three")
+    if looks.many and (odd := [o for o in methods if not find_method(o).cached]): raise BadInput(f"views, quarters, peaks and whitening are for methods that have one feature for each picture: leave out {', '.join(odd)}, or ask for none of the four")
 
 # %% ../nbs/18_contenders.ipynb #3398f70b
 def load_method(

@@ -143,7 +143,7 @@ def phase_two(
         if "val" in record and _stale(recipe, best, state.done): break
     bar.close()
     model.load_state_dict(best["tensors"], strict=False)
-    chosen, (lr, steps) = method.choose(model, banks["val"], select, team, recipe.looks), inner_of(model)
+    chosen, (lr, steps) = method.choose(model, banks["val"], select, team, replace(recipe.looks, base=banks["train"])), inner_of(model)
     print(f"{method.published}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; {f'with inner rate {lr}, steps {steps}: ' if lr else ''}{100*chosen:.2f} %", flush=True)
     folder.keep(name, train=state, tasks=tasks, best=best, seconds=seconds + time.perf_counter() - began) # with the whole log, before there are weights
     save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=method.published, way=recipe.way, shot=k_shot, hard=method.hard, lr=lr, steps=steps, size=size,
@@ -198,7 +198,7 @@ def _check(recipe, banks, trains): # `trains`: is phase 1 to be done?
     if not 1 <= shares <= max(1, batch//2): raise BadInput(f"a batch of {batch} images cannot be split into {shares} shares of 2 or more: lower --shares, or take fewer processes")
     if len({find_method(o).label for o in recipe.methods}) < len(recipe.methods): raise BadInput(f"--methods must be different ones, got {', '.join(recipe.methods)}")
     check_looks(recipe.looks, recipe.methods)
-    for split in ("val", recipe.exam): recipe.looks.check(banks[split])
+    for split in ("val", recipe.exam, *["train"]*recipe.whiten): recipe.looks.check(banks[split])
     high, wide = banks["train"].x.shape[2:]
     if trains and recipe.extras.turns and high != wide: raise BadInput(f"only square pictures can be turned, these are {high} by {wide} pixels: set --size, or leave out extras.turns")
     for k in recipe.shots:
@@ -250,9 +250,10 @@ def run(
     elif backbone: _adopt(backbone, theta, banks["train"], recipe, machine)
     else: phase_one(recipe, banks, folder, machine)
     net, centre, record = read_backbone(theta, device)
-    looks, base = recipe.looks, lambda *inner: BaseLearner(net.d, recipe.way, *inner).to(device)
+    looks, base = replace(recipe.looks, base=banks["train"]), lambda *inner: BaseLearner(net.d, recipe.way, *inner).to(device)
     head = lambda plain, *inner: MTL(net, base(*inner) if plain else looks.start(base(*inner)), centre)
-    seen = {s: looks.see(head(True), banks[s], team) for s in dict.fromkeys(("val", recipe.exam))}
+    white = looks.whitener(head(True), team)
+    seen = {s: looks.see(head(True), banks[s], team, white) for s in dict.fromkeys(("val", recipe.exam))}
     once = features(head(True).embed, banks[recipe.exam], device=device, team=team) if looks.many and recipe.paper else seen[recipe.exam][0] # what the authors' protocol sees
     rows, seconds = [], dict(pretrain=record["seconds"], meta_train=0., meta_test=0.)
     for k in recipe.shots:

@@ -1,4 +1,4 @@
-"""Augmented views, quarter turns and peaks of the pictures of an exam: what a network that is already trained can still give.
+"""Augmented views, quarter turns and peaks of the pictures of an exam, and features whitened by half: what a network that is already trained can still give.
 
 Docs: https://mtl-nb.github.io/mtl_nb/looks.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/looks.html.md"""
 __all__ = ['Looks']
 
 # %% ../nbs/17_looks.ipynb #db0e9e30
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,16 +31,18 @@ class Looks:
     quarters:bool=False # is every picture also seen turned by one, two and three quarters? The four features stand side by side
     how:dict|None=None # keywords of `augment`
     peaks:bool=False # does the largest value of each channel stand beside its mean?
+    whiten:bool=False # are features shortened along the directions in which pictures of one base class differ?
+    base:ImageBank|None=field(default=None, repr=False, compare=False) # pictures of base classes, which `whiten` learns them from
     def __post_init__(self):
         for name in ("copies", "views"):
             n = getattr(self, name)
             if not (type(n) is int and 0 <= n <= 100): raise BadInput(f"{name} must be a whole number from 0 to 100, got {n}")
             if n and self.how is None: raise BadInput(f"{name} are augmented, and it is not said how: in a recipe set phase1.augment, or {name}=0; in Python how=dict(pad=4)")
-        for name in ("quarters", "peaks"):
+        for name in ("quarters", "peaks", "whiten"):
             if type(getattr(self, name)) is not bool: raise BadInput(f"{name} must be true or false, got {getattr(self, name)!r}")
     @property
     def many(self) -> bool: # is a picture's feature more than `embed` of it once?
-        return bool(self.views or self.quarters or self.peaks)
+        return bool(self.views or self.quarters or self.peaks or self.whiten)
     @property
     def parts(self) -> int: # features that stand side by side
         return (4 if self.quarters else 1)*(2 if self.peaks else 1)
@@ -69,24 +71,53 @@ class _Peaks(nn.Module): # a method, with the peak of each channel beside its me
         peaks = maps[0].amax((2, 3)).float()
         return _beside([f, f.norm(dim=1, keepdim=True)*F.normalize(peaks - peaks.mean(1, keepdim=True))])
 
+# %% ../nbs/17_looks.ipynb #d97c4991
+def _quarter(x, y): # float64 [n,D] features and their classes -> float32 [D,D], the power of -1/4 of what they vary by within their classes
+    same = torch.stack([x[y == c].mean(0) for c in y.unique()])[torch.unique(y, return_inverse=True)[1]]
+    if not ((x - same).square().sum() > 0): raise BadInput("whitening learns from base classes with at least two different pictures each")
+    spread = torch.cov((x - same).T)
+    values, axes = torch.linalg.eigh(.7*spread + .3*spread.trace()/len(spread)*torch.eye(len(spread)))
+    w = axes*values**-.25 @ axes.T
+    return (w*x.norm(dim=1).mean()/(x @ w).norm(dim=1).mean()).float()
+
+def _shorten(f, white): # [...,PD], [P,D,D] -> [...,PD], each of the P parts as long as before
+    f = f.unflatten(-1, (len(white), -1))
+    return (f.norm(dim=-1, keepdim=True)*F.normalize(torch.einsum("...pd,pde->...pe", f, white), dim=-1)).flatten(-2)
+
+@patch
+def whitener(self:Looks,
+    model:MTL, # of any method that has one feature for each picture, in evaluation mode
+    team:Team=ALONE, # the processes that share the work
+) -> Tensor|None: # float32 [1,D,D], with `peaks` [2,D,D], one for the means and one for the peaks; None without `whiten`; raises `BadInput` when there are no pictures to learn from
+    "What whitening multiplies features by, learned from up to 100 pictures of each base class."
+    if not self.whiten: return None
+    if self.base is None: raise BadInput("whitening learns from pictures of base classes: in Python Looks(whiten=True, base=bank)")
+    self.check(self.base)
+    some = torch.cat([c[:100] for c in self.base.by_class])
+    bank, device = ImageBank(self.base.x[some], self.base.y[some], self.base.names, self.base.hashes[some]), model.base.weight.device
+    f = features((_Peaks(model) if self.peaks else model).embed, bank, device=device, team=team).cpu().double()
+    return torch.stack([_quarter(o, bank.y.cpu()) for o in f.chunk(2 if self.peaks else 1, -1)]).to(device)
+
 # %% ../nbs/17_looks.ipynb #eacbad09
 @patch
 def see(self:Looks,
     model:MTL, # of any method that has one feature for each picture, in evaluation mode
     bank:ImageBank, # the pictures of an exam
     team:Team=ALONE, # the processes that share the work
+    white:Tensor|None=None, # from `whitener` for this very model; None: made here, if there is to be one
 ) -> tuple[Tensor,Tensor|None]: # float32 [n,PD] of P `parts`; and the same of the copies, [c,n,PD], if there are any; raises `BadInput` for pictures that cannot be looked at so
     "Every picture of a bank embedded, as many times as is asked for."
     self.check(bank)
-    place, feats, more = dict(device=model.base.weight.device, team=team), [], []
+    if white is None: white = self.whitener(model, team)
+    place, feats, more, done = dict(device=model.base.weight.device, team=team), [], [], lambda f: f if white is None else _shorten(f, white)
     embed = _Peaks(model).embed if self.peaks else model.embed
     for k in range(4 if self.quarters else 1):
         turn = (lambda x, k=k: embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))) if k else embed
         f = features(turn, bank, **place)
         for v in range(self.views): f = f + copies(turn, bank, 1, self.how, 1000 + v, **place)[0]
         if self.views: f = f/(1 + self.views) if model.centre is None else 4*F.normalize(f, dim=-1) # centred: of one length again
-        feats.append(f)
-        if self.copies: more.append(copies(turn, bank, self.copies, self.how, **place))
+        feats.append(done(f))
+        if self.copies: more.append(done(copies(turn, bank, self.copies, self.how, **place)))
     return _beside(feats), _beside(more) if more else None
 
 # %% ../nbs/17_looks.ipynb #0acf726c

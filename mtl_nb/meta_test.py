@@ -183,7 +183,7 @@ def table(
     "The rows as text: accuracy with its 95 % interval and, in brackets, the paired difference to head only."
     rows, out, wide = results["rows"], [], max([12] + [len(r["method"]) + 2 for r in results["rows"]])
     asked = results.get("recipe", {}) # its looks make the standard exam another one
-    looks = f", {asked.get('views')} views"*bool(asked.get("views")) + ", quarter turns"*bool(asked.get("quarters")) + ", peaks"*bool(asked.get("peaks"))
+    looks = f", {asked.get('views')} views"*bool(asked.get("views")) + ", quarter turns"*bool(asked.get("quarters")) + ", peaks"*bool(asked.get("peaks")) + ", whitened"*bool(asked.get("whiten"))
     for protocol, split in dict.fromkeys((r["protocol"], r["split"]) for r in rows):
         mine = [r for r in rows if (r["protocol"], r["split"]) == (protocol, split)]
         shots = sorted({r["shot"] for r in mine})

@@ -56,6 +56,7 @@ class Recipe:
     views:int=0 # augmented [views of every picture](17_looks.ipynb) at the exam, averaged with it, likewise
     quarters:bool=False # is every picture of the exam also seen turned by quarters, the features side by side?
     peaks:bool=False # does the largest value of each channel stand beside its mean, at the exam?
+    whiten:bool=False # are features at the exam shortened along the directions in which pictures of one base class differ?
     def __post_init__(self): _check(self)
 
 # %% ../nbs/17_recipes.ipynb #b388ce94
@@ -83,7 +84,7 @@ def _check(r):
 @patch(as_prop=True)
 def looks(self:Recipe) -> Looks:
     "How its exam [looks at the pictures](17_looks.ipynb)."
-    return Looks(self.copies, self.views, self.quarters, self.phase1.augment, self.peaks)
+    return Looks(self.copies, self.views, self.quarters, self.phase1.augment, self.peaks, self.whiten)
 
 _AUGMENT = ("pad", "flip", "jitter", "zoom")
 
@@ -93,7 +94,7 @@ def _crops(c): # keywords that `augment` can take
         number(c.get(k, 1)) and low <= c.get(k, 1) <= 1 for k, low in (("jitter", 0), ("zoom", .01)))
 
 # %% ../nbs/17_recipes.ipynb #866e67d6
-_LATER = ("views", "quarters", "peaks") # fields younger than some recorded runs
+_LATER = ("views", "quarters", "peaks", "whiten") # fields younger than some recorded runs
 
 @patch
 def digest(self:Recipe) -> str: # hexadecimal SHA-256

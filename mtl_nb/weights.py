@@ -47,7 +47,7 @@ def publish(
 # %% ../nbs/18_weights.ipynb #ba1704f9
 def _made(recipe, results): # how the weights came about, line by line
     phase1 = f"phase 1: {recipe.phase1.epochs} epochs" + f" times {recipe.extras.generations} generations"*(recipe.extras.generations > 1) + f", by the run whose backbone has SHA-256 {recipe.backbone}"*bool(recipe.backbone)
-    looks = [f"each support picture with {recipe.copies} augmented copies of it"]*bool(recipe.copies) + [f"every picture averaged with {recipe.views} augmented views of it"]*bool(recipe.views) + ["every picture seen under four quarter turns"]*recipe.quarters + ["the peak of each channel beside its mean"]*recipe.peaks
+    looks = [f"each support picture with {recipe.copies} augmented copies of it"]*bool(recipe.copies) + [f"every picture averaged with {recipe.views} augmented views of it"]*bool(recipe.views) + ["every picture seen under four quarter turns"]*recipe.quarters + ["the peak of each channel beside its mean"]*recipe.peaks + ["features whitened by half"]*recipe.whiten
     exam = ", ".join([f"exam: seed {recipe.seed} alone", *looks])
     return [f"- recipe: `{recipe.preset}`, seed {recipe.seed}; every field stands in `recipe.json` (SHA-256 {results['recipe_sha256']})", f"- {phase1}", f"- {exam}", *(f"- {split}: images with digest {digest}" for split, digest in results["data"]["digest"].items()),
         f"- on {results['device']}, with {', '.join(f'{k} {v}' for k, v in results['versions'].items())}"]

@@ -91,6 +91,53 @@ def large(): # their last maps have 3 x 3 places
     return ImageBank(torch.randint(256, (24, 3, 48, 48), generator=torch.Generator().manual_seed(5)).to(torch.uint8), torch.arange(6).repeat_interleave(4), list("abcdef"))
 
 
+def whitened(f, base, y): # one axis of the base pictures after the other, in the way of a textbook
+    x = torch.cat([base[y == c] - base[y == c].mean(0) for c in y.unique()]).double()
+    spread = x.T @ x/(len(x) - 1)
+    u, values, _ = torch.linalg.svd(spread)
+    out = sum((f.double() @ u[:, i:i + 1])*u[:, i]/(.7*values[i] + .3*values.mean())**.25 for i in range(len(values)))
+    return (out/out.norm(dim=-1, keepdim=True)*f.norm(dim=-1, keepdim=True).double()).float()
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_whitening_by_hand(centred, net, bank):
+    model = MTL(net, BaseLearner(net.d, 5), features(net, bank).mean(0) if centred else None)
+    looks, base = Looks(1, 1, True, how, whiten=True, base=bank), features(model.embed, bank)
+    feats, more = looks.see(model, bank)
+    plain, plain_more = replace(looks, whiten=False).see(model, bank)
+    for k in range(4):
+        part = slice(k*net.d, (k + 1)*net.d)
+        assert torch.allclose(feats[:, part], whitened(plain[:, part], base, bank.y), atol=1e-4) and torch.allclose(more[..., part], whitened(plain_more[..., part], base, bank.y), atol=1e-4)
+    assert torch.equal(looks.see(model, bank, white=looks.whitener(model))[0], feats) and (feats - plain).abs().max() > .01
+
+
+def test_peaks_are_whitened_by_themselves(net, large):
+    model = MTL(net, BaseLearner(net.d, 5), features(net, large).mean(0))
+    plain, f = Looks(peaks=True).see(model, large)[0], Looks(peaks=True, whiten=True, base=large).see(model, large)[0]
+    for part in (slice(net.d), slice(net.d, None)): assert torch.allclose(f[:, part], whitened(plain[:, part], plain[:, part], large.y), atol=1e-4)
+
+
+def test_whitening_learns_from_a_hundred_of_each_class(net):
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randint(256, (240, 3, 16, 16), generator=g).to(torch.uint8), torch.arange(2).repeat_interleave(120)
+    model, base, seen = MTL(net, BaseLearner(net.d, 2)), ImageBank(x, y, list("ab")), torch.cat([torch.arange(100), torch.arange(120, 220)])
+    white = Looks(whiten=True, base=base).whitener(model)
+    few = ImageBank(base.x[seen], base.y[seen], list("ab"), base.hashes[seen])
+    assert torch.equal(white, Looks(whiten=True, base=few).whitener(model)) and white.shape == (1, net.d, net.d)
+
+
+def test_whitening_asks_for_base_pictures(net, bank, large):
+    model = MTL(net, BaseLearner(net.d, 5))
+    with pytest.raises(BadInput, match=r"in Python Looks\(whiten=True, base=bank\)"): Looks(whiten=True).see(model, bank)
+    for one in (ImageBank(bank.x[:3], torch.arange(3), list("abc")), ImageBank(bank.x[:1].repeat(6, 1, 1, 1), torch.arange(6)//2, list("abc"))):
+        with pytest.raises(BadInput, match="at least two different pictures each"): Looks(whiten=True, base=one).see(model, bank)
+    with pytest.raises(BadInput, match="at least 32 pixels a side"): Looks(peaks=True, whiten=True, base=ImageBank(large.x[..., :20, :20], large.y, large.names)).see(model, large)
+    net.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"): Looks(whiten=True, base=bank).whitener(model)
+    finally: net.eval()
+
+
 def test_processes_share_the_pictures(net, bank):
     class Part(Team):
         def cat(self, x, n): return x
@@ -119,11 +166,11 @@ def test_a_start_keeps_its_inner_loop_and_is_not_touched(net):
 
 
 @pytest.mark.parametrize("label", [k for k, c in CONTENDERS.items() if c.cached and not k.endswith("HT")])
-@pytest.mark.parametrize("peaks", [False, True])
-def test_every_method_with_a_feature_for_each_picture(peaks, label, net, bank, large):
+@pytest.mark.parametrize("peaks, whiten", [(False, False), (True, False), (True, True)])
+def test_every_method_with_a_feature_for_each_picture(peaks, whiten, label, net, bank, large):
     if peaks: bank = large
     c = replace(CONTENDERS[label], few=20)
-    model, exam, looks = c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), make_exam(bank, TaskShape(5, 1, 2), 1, 20), Looks(1, 2, True, how, peaks)
+    model, exam, looks = c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), make_exam(bank, TaskShape(5, 1, 2), 1, 20), Looks(1, 2, True, how, peaks, whiten, bank)
     right = lambda o: c.right(model, bank, exam, c.rates[-1:], c.steps[-1:], False, ALONE, o)
     assert right(Looks()).shape == right(looks).shape and not torch.equal(right(Looks()), right(looks))
     best = c.choose(model, bank, exam, looks=looks)
@@ -135,13 +182,13 @@ def test_every_method_with_a_feature_for_each_picture(peaks, label, net, bank, l
 def test_others_refuse(label, net, bank):
     c = CONTENDERS[label]
     with pytest.raises(BadInput, match="one feature for each picture"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(quarters=True))
-    with pytest.raises(BadInput, match="views, quarters and peaks need a method"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(peaks=True))
+    with pytest.raises(BadInput, match="views, quarters, peaks and whitening need a method"): c.sit(c.start(net, BaseLearner(net.d, 5, 0.1, 5), None, 16, 8), bank, [Protocol("standard", TaskShape(5, 1, 2), 4)], "val", looks=Looks(peaks=True))
 
 
 @pytest.fixture(scope="module")
 def seen(banks, recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("seen")/"run"
-    return run(replace(recipe, views=2, quarters=True, peaks=True, paper=True, methods=("MTL", "ProtoNet")), banks, out), out
+    return run(replace(recipe, views=2, quarters=True, peaks=True, whiten=True, paper=True, methods=("MTL", "ProtoNet")), banks, out), out
 
 
 def test_a_run_takes_more_looks_for_all(banks, recipe, seen, tmp_path):
@@ -155,13 +202,13 @@ def test_a_run_takes_more_looks_for_all(banks, recipe, seen, tmp_path):
 
 
 def test_what_is_kept_at_its_start_answers_like_head_only(banks, recipe, tmp_path):
-    r = run(replace(recipe, quarters=True, peaks=True, views=1, methods=("MTL",), phase2=replace(recipe.phase2, lr=0., head_lr=0.)), banks, tmp_path/"run")
+    r = run(replace(recipe, quarters=True, peaks=True, whiten=True, views=1, methods=("MTL",), phase2=replace(recipe.phase2, lr=0., head_lr=0.)), banks, tmp_path/"run")
     a, b = r["rows"]
     assert b["trained_tasks"] == 0 and a["correct"] == b["correct"] and b["paired"]["difference"] == 0
 
 
 def test_killed_and_resumed(banks, recipe, seen, tmp_path, monkeypatch):
-    mine = replace(recipe, views=2, quarters=True, peaks=True, paper=True, methods=("MTL", "ProtoNet"))
+    mine = replace(recipe, views=2, quarters=True, peaks=True, whiten=True, paper=True, methods=("MTL", "ProtoNet"))
     with killed_after(5, monkeypatch): run(mine, banks, tmp_path/"run")
     assert same(run(mine, banks, tmp_path/"run", resume=True), seen[0])
 
@@ -174,15 +221,19 @@ def test_saved_weights_sit_the_same_exam(banks, seen, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     for r in results["rows"]:
         if r["protocol"] == "standard": assert f"{r['accuracy']:.2f}" in said, (r["method"], said)
+    assert "standard protocol, 2 views, quarter turns, peaks, whitened" in said
+    monkeypatch.setattr(cli, "load_data", lambda *a, need, **k: {s: ImageBank(b.x, b.y, [f"other {n}" for n in b.names], b.hashes) if s == "train" else b for s in need for b in [banks[s]]})
+    assert cli.mtl_meta_test(weights=str(out), data="glyphs", tasks=20, query=3) == 2
+    assert "these weights ask for whitening, which learns from the base classes that they were trained on, and 'train' holds others" in capsys.readouterr().err
 
 
 def test_a_card_tells_how_the_exam_looked(seen, tmp_path):
     publish(seen[1], tmp_path/"weights")
-    assert "every picture averaged with 2 augmented views of it, every picture seen under four quarter turns, the peak of each channel beside its mean" in (tmp_path/"weights/README.md").read_text()
+    assert "every picture averaged with 2 augmented views of it, every picture seen under four quarter turns, the peak of each channel beside its mean, features whitened by half" in (tmp_path/"weights/README.md").read_text()
 
 
 def test_a_run_refuses_what_looks_once(banks, recipe, tmp_path):
-    with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for none of the three"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
+    with pytest.raises(BadInput, match="leave out MAML ResNet-12, update .*, or ask for none of the four"): run(replace(recipe, views=1, methods=("MTL", "MAML ResNet-12", "update [Θ;θ]")), banks, tmp_path/"run")
     assert not (tmp_path/"run").exists()
 
 
@@ -199,6 +250,12 @@ def test_pictures_too_small_for_peaks_are_refused_before_training(banks, recipe,
     assert not (tmp_path/"run").exists()
 
 
+def test_base_pictures_too_small_for_peaks_are_refused_where_they_are_whitened(banks, recipe, tmp_path):
+    mixed = banks | dict(train=ImageBank(banks["train"].x[..., :31, :31], banks["train"].y, banks["train"].names, banks["train"].hashes))
+    with pytest.raises(BadInput, match="these are 31 by 31"): run(replace(recipe, peaks=True, whiten=True), mixed, tmp_path/"run")
+    assert not (tmp_path/"run").exists()
+
+
 def test_a_backbone_that_was_trained_on_turns_is_asked_for_none_of_them(banks, recipe, tmp_path):
     turned, wide = replace(recipe, extras=Extras(turns=.5), methods=()), {k: ImageBank(b.x[..., :30, :], b.y, b.names, b.hashes) for k, b in banks.items()}
     run(turned, banks, tmp_path/"square")
@@ -207,21 +264,22 @@ def test_a_backbone_that_was_trained_on_turns_is_asked_for_none_of_them(banks, r
 
 def test_a_plan_is_refused_before_any_of_it_runs(tmp_path):
     (tmp_path/"plan.json").write_text(json.dumps([dict(name="a", data="glyphs", preset="quick", methods="none"), dict(name="b", data="glyphs", preset="quick", methods="maml-4-conv", set=dict(views=2))]))
-    with pytest.raises(BadInput, match="job 2 'b': views, quarters and peaks are for methods .* leave out MAML 4-conv"): read_plan(tmp_path/"plan.json")
+    with pytest.raises(BadInput, match="job 2 'b': views, quarters, peaks and whitening are for methods .* leave out MAML 4-conv"): read_plan(tmp_path/"plan.json")
 
 
 def test_a_table_tells_how_the_exam_looked(seen, banks):
     standard, paper = (next(o for o in table(seen[0]).split("\n") if f"{p} protocol" in o) for p in ("standard", "paper"))
-    assert standard.endswith("standard protocol, 2 views, quarter turns, peaks") and paper.endswith("paper protocol")
+    assert standard.endswith("standard protocol, 2 views, quarter turns, peaks, whitened") and paper.endswith("paper protocol")
 
 
 def test_in_python_it_has_to_be_said_how():
     with pytest.raises(BadInput, match=r"in Python how=dict\(pad=4\)"): Looks(views=4)
     with pytest.raises(BadInput, match="quarters must be true or false, got 'no'"): Looks(quarters="no")
     with pytest.raises(BadInput, match="peaks must be true or false, got 1"): Looks(peaks=1)
+    with pytest.raises(BadInput, match="whiten must be true or false, got 0.5"): Looks(whiten=.5)
 
 
-@pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"peaks": "yes"}, "peaks"), ({"peaks": True, "size": 24}, "at least 32 pixels a side, got --size 24"), ({"quarter": True}, "did you mean quarters"),
+@pytest.mark.parametrize("changes, words", [({"views": -1}, "views must be a whole number from 0 to 100"), ({"views": 101}, "views must be"), ({"views": 1.5}, "views must be a whole number"), ({"quarters": 1}, "quarters must be true or false"), ({"peaks": "yes"}, "peaks"), ({"whiten": 2}, "whiten"), ({"whitening": True}, "did you mean whiten"), ({"peaks": True, "size": 24}, "at least 32 pixels a side, got --size 24"), ({"quarter": True}, "did you mean quarters"),
     ({"views": 2, "phase1.augment": None}, "set phase1.augment, or views=0"), ({"copies": 2, "phase1.augment": None}, "set phase1.augment, or copies=0")])
 def test_bad_recipes(changes, words):
     with pytest.raises(BadInput, match=words): changed(preset("quick"), changes)
@@ -231,9 +289,9 @@ def test_names_of_earlier_runs_hold():
     found = 0
     for file in (root/"data/results").glob("*.json"):
         record = json.loads(file.read_text())
-        if "recipe_sha256" in record and asdict(Recipe()).keys() - record["recipe"].keys() <= {"views", "quarters", "peaks"}:
+        if "recipe_sha256" in record and asdict(Recipe()).keys() - record["recipe"].keys() <= {"views", "quarters", "peaks", "whiten"}:
             found += 1
             assert from_record(record["recipe"]).digest() == record["recipe_sha256"], file.name
     assert found > 20
-    assert len({replace(Recipe(), **o).digest() for o in ({}, dict(views=1), dict(quarters=True), dict(peaks=True), dict(copies=1))}) == 5
+    assert len({replace(Recipe(), **o).digest() for o in ({}, dict(views=1), dict(quarters=True), dict(peaks=True), dict(whiten=True), dict(copies=1))}) == 6
     assert changed(preset("quick"), {"views": 2, "quarters": True}).changes == "quarters=true, views=2"
