@@ -179,16 +179,28 @@ def _theta(path): # the backbone's file of a run folder or a weights file
 
 def _trained(
     path:Path, # a run folder or a weights file in one
-) -> Recipe|None: # None when there is none beside it
+) -> tuple[Recipe|None,str]: # None when there is none beside it; and the digest of its base pictures
     "The recipe of the run that weights belong to."
     file = (path if path.is_dir() else path.parent)/"recipe.json"
-    return from_record(read_json(file).get("recipe", {})) if file.is_file() else None
+    if not file.is_file(): return None, ""
+    told = read_json(file)
+    return from_record(told.get("recipe", {})), told.get("data", {}).get("digest", {}).get("train", "")
+
+def _knowing(looks, weights, data, **how): # looks that know the base classes of these weights, if they are to whiten
+    if not looks.whiten: return looks
+    try: bank = load_data(data, need=("train",), **how)["train"]
+    except BadInput as e: raise BadInput(f"these weights ask for whitening, which learns from the pictures of their base classes (--base says where they lie, if not with --data): {e}") from None
+    if bank.names != load(_theta(weights))[1].get("classes"): raise BadInput(f"these weights ask for whitening, which learns from the base classes that they were trained on, and train of '{data}' holds others: say with --base where they lie")
+    other = bank.digest != _trained(weights)[1]
+    print(f"train: {len(bank):,} images of {len(bank.names)} classes, for whitening" + ", not those that the run had"*other + _left_out(bank.skipped), flush=True)
+    return replace(looks, base=bank)
 
 # %% ../nbs/21_cli.ipynb #d7f4cd7c
 @call_parse
 def mtl_meta_test(
     weights:str=None, # a run folder, or one weights file with its backbone's file beside it
     data:str="glyphs", # a set as in mtl_run, or a folder; only the split examined must be there
+    base:str=None, # for weights that whiten: the set or folder whose train split holds their base classes; not given: `data`
     root:str=None, # where the set lies
     split:str="test", # the split to examine on
     way:int=5, # classes in a task, for a bare backbone
@@ -208,15 +220,13 @@ def mtl_meta_test(
         if size is not None and size < 16: raise BadInput(f"--size must be at least 16 pixels, got {size}")
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
-        models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))
-        looks = recipe.looks if recipe else Looks()
-        banks = load_data(data, root, recipe.size if recipe and size is None else size, skip_bad=skip_bad, need=(split, "train") if looks.whiten else (split,))
-        bank = banks[split].to(dev)
+        models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))[0]
+        looks, how = recipe.looks if recipe else Looks(), dict(root=root, size=recipe.size if recipe and size is None else size, skip_bad=skip_bad)
+        if base and not looks.whiten: raise BadInput("--base is for weights that ask for whitening, and these do not")
+        bank = load_data(data, need=(split,), **how)[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
-        record = load(_theta(Path(weights)))[1]
-        if split != "train": check_new(record, bank, split)
-        if looks.whiten and banks["train"].names != record.get("classes"): raise BadInput("these weights ask for whitening, which learns from the base classes that they were trained on, and 'train' holds others")
-        if looks.whiten: looks = replace(looks, base=banks["train"])
+        if split != "train": check_new(load(_theta(Path(weights)))[1], bank, split)
+        looks = _knowing(looks, Path(weights), base or data, **how)
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
         for label, shape, method, model in models:

@@ -74,11 +74,10 @@ class _Peaks(nn.Module): # a method, with the peak of each channel beside its me
 # %% ../nbs/17_looks.ipynb #d97c4991
 def _quarter(x, y): # float64 [n,D] features and their classes -> float32 [D,D], the power of -1/4 of what they vary by within their classes
     same = torch.stack([x[y == c].mean(0) for c in y.unique()])[torch.unique(y, return_inverse=True)[1]]
-    if not ((x - same).square().sum() > 0): raise BadInput("whitening learns from base classes with at least two different pictures each")
+    if not (x - same).any(): raise BadInput("whitening learns from what differs within base classes, and no two pictures of one class differ here")
     spread = torch.cov((x - same).T)
     values, axes = torch.linalg.eigh(.7*spread + .3*spread.trace()/len(spread)*torch.eye(len(spread)))
-    w = axes*values**-.25 @ axes.T
-    return (w*x.norm(dim=1).mean()/(x @ w).norm(dim=1).mean()).float()
+    return (axes*values**-.25 @ axes.T).float()
 
 def _shorten(f, white): # [...,PD], [P,D,D] -> [...,PD], each of the P parts as long as before
     f = f.unflatten(-1, (len(white), -1))

@@ -130,7 +130,7 @@ def test_whitening_asks_for_base_pictures(net, bank, large):
     model = MTL(net, BaseLearner(net.d, 5))
     with pytest.raises(BadInput, match=r"in Python Looks\(whiten=True, base=bank\)"): Looks(whiten=True).see(model, bank)
     for one in (ImageBank(bank.x[:3], torch.arange(3), list("abc")), ImageBank(bank.x[:1].repeat(6, 1, 1, 1), torch.arange(6)//2, list("abc"))):
-        with pytest.raises(BadInput, match="at least two different pictures each"): Looks(whiten=True, base=one).see(model, bank)
+        with pytest.raises(BadInput, match="no two pictures of one class differ here"): Looks(whiten=True, base=one).see(model, bank)
     with pytest.raises(BadInput, match="at least 32 pixels a side"): Looks(peaks=True, whiten=True, base=ImageBank(large.x[..., :20, :20], large.y, large.names)).see(model, large)
     net.train()
     try:
@@ -221,10 +221,37 @@ def test_saved_weights_sit_the_same_exam(banks, seen, tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     for r in results["rows"]:
         if r["protocol"] == "standard": assert f"{r['accuracy']:.2f}" in said, (r["method"], said)
-    assert "standard protocol, 2 views, quarter turns, peaks, whitened" in said
-    monkeypatch.setattr(cli, "load_data", lambda *a, need, **k: {s: ImageBank(b.x, b.y, [f"other {n}" for n in b.names], b.hashes) if s == "train" else b for s in need for b in [banks[s]]})
-    assert cli.mtl_meta_test(weights=str(out), data="glyphs", tasks=20, query=3) == 2
-    assert "these weights ask for whitening, which learns from the base classes that they were trained on, and 'train' holds others" in capsys.readouterr().err
+    assert "standard protocol, 2 views, quarter turns, peaks, whitened" in said and "classes, for whitening\n" in said
+
+
+def test_whitened_weights_ask_for_their_base_classes(banks, seen, tmp_path, monkeypatch, capsys):
+    from mtl_nb import cli
+    train = banks["train"]
+    renamed, fewer = ImageBank(train.x, train.y, [f"other {n}" for n in train.names], train.hashes), ImageBank(train.x[::2], train.y[::2], train.names, train.hashes[::2])
+    sets = dict(glyphs=banks, omniglot=banks | dict(train=renamed), fc100=dict(test=banks["test"]), miniimagenet=dict(train=fewer))
+    def load(name, need, **how):
+        if lacks := [s for s in need if s not in sets[name]]: raise BadInput(f"no folder '{lacks[0]}'")
+        return {s: sets[name][s] for s in need}
+    monkeypatch.setattr(cli, "load_data", load)
+    sit = lambda data, **more: (cli.mtl_meta_test(weights=str(seen[1]/"mtl-1shot.safetensors"), data=data, tasks=20, query=3, **more), capsys.readouterr())
+    code, there = sit("glyphs")
+    assert not code
+    code, said = sit("omniglot")
+    assert code == 2 and "these weights ask for whitening, which learns from the base classes that they were trained on, and train of 'omniglot' holds others: say with --base where they lie" in said.err
+    code, said = sit("fc100")
+    assert code == 2 and "these weights ask for whitening, which learns from the pictures of their base classes (--base says where they lie, if not with --data): no folder 'train'" in said.err
+    answers = lambda o: [x for x in o.out.split("\n") if x.startswith("MTL")]
+    for data in ("omniglot", "fc100"):
+        code, said = sit(data, base="glyphs")
+        assert not code and answers(said) == answers(there) and "for whitening\n" in said.out
+    code, said = sit("fc100", base="miniimagenet")
+    assert not code and "for whitening, not those that the run had" in said.out
+
+
+def test_base_is_refused_where_nothing_is_whitened(capsys):
+    from mtl_nb import cli
+    assert cli.mtl_meta_test(weights=str(root/"data/weights/glyphs-quick-s0/mtl-1shot.safetensors"), base="glyphs") == 2
+    assert "--base is for weights that ask for whitening, and these do not" in capsys.readouterr().err
 
 
 def test_a_card_tells_how_the_exam_looked(seen, tmp_path):
