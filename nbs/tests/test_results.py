@@ -10,7 +10,7 @@ from mtl_nb.compare import EQUAL, Cell, accuracy_at, answers, by_seed, differenc
 from mtl_nb.data import BadInput
 from mtl_nb.one_change import additions
 from mtl_nb.recipes import preset
-from mtl_nb.results import PAPER, beside, deviations, differences, figure4, report, table1
+from mtl_nb.results import PAPER, beside, changed_on_test, deviations, differences, figure4, report, table1
 from mtl_nb.stronger import Extras
 
 
@@ -300,3 +300,23 @@ def test_a_deviation_taken_back_is_measured(write):
     folder = changed_run(write, "a.json", "centred=false", [row("head only", there, split="val")], centred=False)
     line = next(r for r in deviations(read_results(folder)).rows if r[2] == "head only, here − there" and r[1].startswith("centred"))
     assert line[3] == "fc100, small, val" and line[4].mean == pytest.approx((here - there).double().mean().item()/75)
+
+
+def test_changed_recipes_on_test(write):
+    views, both = preset("small", "fc100", views=4, preset="small; views=4"), preset("small", "fc100", views=4, quarters=True, preset="small; quarters=true, views=4")
+    fields = lambda r: dict(preset=r.preset, views=r.views, quarters=r.quarters)
+    write("as-it-is.json", [row("head only", right(30))])
+    write("val.json", [row("head only", right(31, seed=1), split="val")], recipe=fields(views))
+    folder = write("other.json", [row("head only", right(31, seed=1))], data="cifar-fs", recipe=dict(preset="small; views=4", views=4))
+    t = changed_on_test(read_results(folder), "fc100")
+    assert not any(r[0].startswith("here") for r in t.rows) and ["MTL + HT, the paper"] == [r[0] for r in t.rows if "paper" in r[0]]
+    write("a.json", [row("head only", right(31, seed=1)), row("MTL", right(33, seed=1))], recipe=fields(views))
+    write("b.json", [row("head only", right(36, seed=1)), row("head only", right(50, seed=2), shot=10)], recipe=fields(both))
+    runs = read_results(folder)
+    t = changed_on_test(runs, "fc100")
+    assert [r[0] for r in t.rows if r[0].startswith("here")] == ["here: head only, recipe 1", "here: MTL, recipe 1", "here: head only, recipe 2"]
+    assert t["here: head only, recipe 2", "1-shot"].mean == pytest.approx(accuracy_at(rows_at(runs, "fc100", both.preset, "test"), "head only", 1).mean) and str(t["here: head only, recipe 2", "5-shot"]) == "not yet run"
+    assert t["here: MTL, recipe 1", "1-shot"].files == ("a.json",) and any("recipe 2: small; quarters=true, views=4" in o for o in t.notes)
+    text = report(folder)
+    assert "fc100, changed recipes on test" in text and "cifar-fs, changed recipes on test" in text and "miniimagenet, changed recipes on test" not in text and text.count("`b.json`")
+    assert [r[0] for r in changed_on_test(runs, "glyphs").rows] == []
