@@ -191,8 +191,7 @@ def _knowing(looks, weights, data, **how): # looks that know the base classes of
     try: bank = load_data(data, need=("train",), **how)["train"]
     except BadInput as e: raise BadInput(f"these weights ask for whitening, which learns from the pictures of their base classes (--base says where they lie, if not with --data): {e}") from None
     if bank.names != load(_theta(weights))[1].get("classes"): raise BadInput(f"these weights ask for whitening, which learns from the base classes that they were trained on, and train of '{data}' holds others: say with --base where they lie")
-    other = bank.digest != _trained(weights)[1]
-    print(f"train: {len(bank):,} images of {len(bank.names)} classes, for whitening" + ", not those that the run had"*other + _left_out(bank.skipped), flush=True)
+    print(f"train: {len(bank):,} images of {len(bank.names)} classes, for whitening" + ", not those that the run had"*(bank.digest != _trained(weights)[1]) + _left_out(bank.skipped), flush=True)
     return replace(looks, base=bank)
 
 # %% ../nbs/21_cli.ipynb #d7f4cd7c
