@@ -186,12 +186,12 @@ def _trained(
     told = read_json(file)
     return from_record(told.get("recipe", {})), told.get("data", {}).get("digest", {}).get("train", "")
 
-def _knowing(looks, weights, data, **how): # looks that know the base classes of these weights, if they are to whiten
+def _knowing(looks, record, digest, data, **how): # looks that know the base classes of a backbone, if they are to whiten
     if not looks.whiten: return looks
     try: bank = load_data(data, need=("train",), **how)["train"]
     except BadInput as e: raise BadInput(f"these weights ask for whitening, which learns from the pictures of their base classes (--base says where they lie, if not with --data): {e}") from None
-    if bank.names != load(_theta(weights))[1].get("classes"): raise BadInput(f"these weights ask for whitening, which learns from the base classes that they were trained on, and train of '{data}' holds others: say with --base where they lie")
-    print(f"train: {len(bank):,} images of {len(bank.names)} classes, for whitening" + ", not those that the run had"*(bank.digest != _trained(weights)[1]) + _left_out(bank.skipped), flush=True)
+    if bank.names != record.get("classes"): raise BadInput(f"these weights ask for whitening, which learns from the base classes that they were trained on, and train of '{data}' holds others: say with --base where they lie")
+    print(f"train: {len(bank):,} images of {len(bank.names)} classes, for whitening" + ", not those that the run had"*(bank.digest != digest) + _left_out(bank.skipped), flush=True)
     return replace(looks, base=bank)
 
 # %% ../nbs/21_cli.ipynb #d7f4cd7c
@@ -219,13 +219,14 @@ def mtl_meta_test(
         if size is not None and size < 16: raise BadInput(f"--size must be at least 16 pixels, got {size}")
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
-        models, recipe = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights))[0]
+        models = models_of(Path(weights), numbers(shots, "--shots"), way, dev)
+        (recipe, digest), record = _trained(Path(weights)), load(_theta(Path(weights)))[1]
         looks, how = recipe.looks if recipe else Looks(), dict(root=root, size=recipe.size if recipe and size is None else size, skip_bad=skip_bad)
         if base and not looks.whiten: raise BadInput("--base is for weights that ask for whitening, and these do not")
         bank = load_data(data, need=(split,), **how)[split].to(dev)
         print(f"{split}: {len(bank):,} images of {len(bank.names)} classes" + _left_out(bank.skipped), flush=True)
-        if split != "train": check_new(load(_theta(Path(weights)))[1], bank, split)
-        looks = _knowing(looks, Path(weights), base or data, **how)
+        if split != "train": check_new(record, bank, split)
+        looks = _knowing(looks, record, digest, base or data, **how)
         if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
         rows, rivals = [], {}
         for label, shape, method, model in models:

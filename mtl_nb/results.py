@@ -156,14 +156,16 @@ def differences(
         ("± is the 95 % interval: of one run over its tasks, of several over seeds; \"helps\" and \"hurts\" are said of test, after 3 seeds with phase 1 done anew, and of these classes; val chose when to stop, so there it is \"ahead\"",)))
 
 # %% ../nbs/19_results.ipynb #adead7b7
+def _tested(runs): # set and recipe of those that were changed and examined on test
+    return dict.fromkeys((r["recipe"].data, r["recipe"].preset) for r in runs if r["recipe"].changes and any(x["split"] == "test" for x in r["rows"]))
+
 def changed_on_test(
     runs:list[dict], # from `read_results`
     data:str, # name of the set
 ) -> Table: # raises `BadInput` when exams of one recipe differ
     "Recipes that were changed on val and then examined on test, beside the paper's whole method and the others."
-    recipes = dict.fromkeys(r["recipe"].preset for r in runs if r["recipe"].data == data and r["recipe"].changes and any(x["split"] == "test" for x in r["rows"]))
     body, notes = [], []
-    for n, recipe in enumerate(recipes, 1):
+    for n, recipe in enumerate((p for d, p in _tested(runs) if d == data), 1):
         rows = rows_at(runs, data, recipe, "test")
         body += [(f"here: {m}, recipe {n}", *(accuracy_at(rows, m, k) for k in SHOTS)) for m in dict.fromkeys(r["method"] for r in rows)]
         notes.append(f"recipe {n}: {recipe}")
@@ -273,7 +275,7 @@ def report(
         parts += [f"## {', '.join(p)}", *(_shown(table1, runs, *p, o) for o in held), _shown(differences, runs, PAIRS, [p])]
     pairs = dict.fromkeys(p[:2] for p in places(runs))
     tried = dict.fromkeys((r["recipe"].data, r["recipe"].origin, SHOTS[:2], m) for r in runs if r["recipe"].changes for m in ("head only", "MTL") if any(x["method"] == m for x in r["rows"]))
-    tested = [_shown(changed_on_test, runs, d) for d in dict.fromkeys(r["recipe"].data for r in runs if r["recipe"].changes and any(x["split"] == "test" for x in r["rows"]))]
+    tested = [_shown(changed_on_test, runs, d) for d in dict.fromkeys(d for d, _ in _tested(runs))]
     changes = ["## One change at a time", *(_shown(additions, runs, *p) for p in sorted(tried))]*bool(tried)
     parts += ["## Over classes", _shown(class_table, runs, [("MTL", "head only"), ("MTL + HT", "head only"), ("MTL + HT", "MTL")])]
     parts += ["## Beside the others", *(_shown(beside, runs, data) for data in PAPER), *tested, *changes, "## Deviations", _shown(deviations, runs), "## Figure 4", *(_figure(runs, *p, figures) for p in pairs)]
