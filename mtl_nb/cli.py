@@ -219,8 +219,7 @@ def mtl_meta_test(
         if size is not None and size < 16: raise BadInput(f"--size must be at least 16 pixels, got {size}")
         if not 0 <= seed < 2**32: raise BadInput(f"--seed must be between 0 and 2**32, got {seed}")
         dev, name = device_of(device), _named(data, root)
-        models = models_of(Path(weights), numbers(shots, "--shots"), way, dev)
-        (recipe, digest), record = _trained(Path(weights)), load(_theta(Path(weights)))[1]
+        models, (recipe, digest), record = models_of(Path(weights), numbers(shots, "--shots"), way, dev), _trained(Path(weights)), load(_theta(Path(weights)))[1]
         looks, how = recipe.looks if recipe else Looks(), dict(root=root, size=recipe.size if recipe and size is None else size, skip_bad=skip_bad)
         if base and not looks.whiten: raise BadInput("--base is for weights that ask for whitening, and these do not")
         bank = load_data(data, need=(split,), **how)[split].to(dev)

@@ -104,6 +104,14 @@ def subset(self:ImageBank,
     y = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(self.by_class[c]) for c in classes]))
     return ImageBank(self.x[idx.to(self.x.device)], y, [self.names[c] for c in classes], self.hashes[idx])
 
+@patch
+def first(self:ImageBank,
+    each:int, # images of a class, at most
+) -> ImageBank: # a bank of these images alone, with all the classes
+    "The first images of every class; the order within a class is that of the hashes, so they are as good as drawn."
+    idx = torch.cat([c[:each] for c in self.by_class])
+    return ImageBank(self.x[idx.to(self.x.device)], self.y[idx], self.names, self.hashes[idx])
+
 # %% ../nbs/01_data.ipynb #83fbc0c0
 @patch(as_prop=True)
 def digest(self:ImageBank) -> str: # hexadecimal SHA-256

@@ -78,9 +78,7 @@ def save_backbone(
     "Θ and, when features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
     if recipe.centred:
-        some = torch.cat([o[:50] for o in base.by_class])
-        part = ImageBank(base.x[some.to(base.x.device)], base.y[some], base.names, base.hashes[some])
-        tensors["centre"] = features(net, part, device=machine.device, team=machine.team).mean(0)
+        tensors["centre"] = features(net, base.first(50), device=machine.device, team=machine.team).mean(0)
     save(path, tensors, dict(kind="backbone", widths=list(net.widths), drop=recipe.drop, classes=base.names, seconds=seconds, recipe=recipe.digest(), training=recipe.training, met=list(met)))
 
 # %% ../nbs/18_experiments.ipynb #0dc29175

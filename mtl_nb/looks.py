@@ -92,10 +92,9 @@ def whitener(self:Looks,
     if not self.whiten: return None
     if self.base is None: raise BadInput("whitening learns from pictures of base classes: in Python Looks(whiten=True, base=bank)")
     self.check(self.base)
-    some = torch.cat([c[:100] for c in self.base.by_class])
-    bank, device = ImageBank(self.base.x[some], self.base.y[some], self.base.names, self.base.hashes[some]), model.base.weight.device
+    bank, device = self.base.first(100), model.base.weight.device
     f = features((_Peaks(model) if self.peaks else model).embed, bank, device=device, team=team).cpu().double()
-    return torch.stack([_quarter(o, bank.y.cpu()) for o in f.chunk(2 if self.peaks else 1, -1)]).to(device)
+    return torch.stack([_quarter(o, bank.y) for o in f.chunk(2 if self.peaks else 1, -1)]).to(device)
 
 # %% ../nbs/17_looks.ipynb #eacbad09
 @patch
