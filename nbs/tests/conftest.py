@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtl_nb.data import ImageBank
-from mtl_nb.resnet12 import ResNet12
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.models.resnet12 import ResNet12
 
 root = Path(__file__).parents[2]
 
@@ -36,7 +36,7 @@ def bank():
 @pytest.fixture(scope="module")
 def net():
     "A tiny frozen network with batch-norm statistics of its own."
-    net, g = ResNet12((4, 6, 8, 8), drop=0.3), torch.Generator().manual_seed(1)
+    net, g = ResNet12((4, 6, 8, 8), dropout=0.3), torch.Generator().manual_seed(1)
     for m in net.modules():
         if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2, generator=g); m.running_var.uniform_(.5, 2, generator=g)
     return net.requires_grad_(False).eval()

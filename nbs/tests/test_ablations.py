@@ -6,17 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtl_nb.ablations import ALIASES, ROWS, BatchStatistics, build, exam_images, find_row, finetune, slug, task_features, trained
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.checkpoints import load, save
-from mtl_nb.data import BadInput
-from mtl_nb.devices import Team
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.evaluation import evaluate, exam_path, features, make_exam
-from mtl_nb.hard_tasks import HardTasks
-from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
-from mtl_nb.resnet12 import ResNet12
-from mtl_nb.scale_shift import scale_shift
+from mtl_nb.methods.ablations import ALIASES, ROWS, BatchStatistics, build, evaluate_images, find_row, finetune, slug, task_features, trained
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.train.checkpoints import load, save
+from mtl_nb.core import BadInput
+from mtl_nb.train.distributed import Team
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.evaluation.exam import evaluate, evaluate_path, features, make_exam
+from mtl_nb.data.hard_tasks import HardTaskSampler
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.models.scale_shift import scale_shift
 
 shape = TaskShape(5, 1, 2)
 
@@ -51,7 +51,7 @@ def test_stream_of_ht_rows():
     by_class, label = list(torch.arange(200).split(10)), torch.arange(20).repeat_interleave(10)
     for r in (r for r in ROWS.values() if r.meta):
         tasks, kinds = r.source(by_class, shape, 4, 3, hard_count=10), []
-        twin = HardTasks(by_class, shape, 4, 3, 20, 10) if r.hard else Tasks(by_class, shape, 4, 3)
+        twin = HardTaskSampler(by_class, shape, 4, 3, 20, 10) if r.hard else TaskSampler(by_class, shape, 4, 3)
         for a, b in islice(zip(tasks, twin), 16):
             assert torch.equal(a, b)
             kinds += [tasks.hard]*len(a)
@@ -69,7 +69,7 @@ def test_trained_rows_through_a_file(label, net, bank, tmp_path):
     assert {k: v.shape for k, v in trained(again).items()} == {k: v.shape for k, v in tensors.items()}
     assert not again.load_state_dict(tensors, strict=False).unexpected_keys
     exam = make_exam(bank, shape, tasks=5)
-    assert torch.equal(exam_images(again, bank, exam), exam_images(model, bank, exam))
+    assert torch.equal(evaluate_images(again, bank, exam), evaluate_images(model, bank, exam))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items())
 
@@ -107,7 +107,7 @@ def test_batch_statistics_against_a_network_in_training_mode(net, bank):
     with torch.no_grad():
         for p in model.backbone.parameters():
             if p.requires_grad: p += .1*torch.randn(p.shape, generator=g)
-    images = bank.take(next(Tasks(bank.by_class, shape, 3)))
+    images = bank.take(next(TaskSampler(bank.by_class, shape, 3)))
     twin = scale_shift(net)
     for a, b in zip(twin.parameters(), model.backbone.parameters()): a.data = b.data.clone()
     for m in twin.modules():
@@ -121,11 +121,11 @@ def test_batch_statistics_against_a_network_in_training_mode(net, bank):
 def test_exams_by_images_agree_with_those_by_features(net, bank, mirrored):
     exam, model = make_exam(bank, shape, tasks=7), outer("SS [Θ;θ]", net, bank, lr=.01)[0]
     want = evaluate(features(model.embed, bank), exam, model.base, features(model.embed, bank, mirror=True) if mirrored else None)
-    assert torch.equal(exam_images(model, bank, exam, chunk=3, mirrored=mirrored), want)
+    assert torch.equal(evaluate_images(model, bank, exam, chunk=3, mirrored=mirrored), want)
     odd = build("update θ, batch statistics", net, base())
     f, own = task_features(odd, bank, exam, 3, mirrored)
     assert own.fingerprint == exam.fingerprint and len(own) == 7 and f.dtype == torch.float32
-    assert torch.equal(evaluate(f, own, odd.base), exam_images(odd, bank, exam, mirrored=mirrored))
+    assert torch.equal(evaluate(f, own, odd.base), evaluate_images(odd, bank, exam, mirrored=mirrored))
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_finetune_is_a_loop_over_tasks(net, bank, mirrored):
@@ -145,7 +145,7 @@ def test_finetune_is_a_loop_over_tasks(net, bank, mirrored):
 
 def test_finetune_at_rate_zero_is_head_only(net, bank):
     exam, model = make_exam(bank, shape, tasks=6), build("update [Θ;θ]", net, base())
-    want = exam_path(features(model.embed, bank), exam, model.base, model.base.lr, [1, 5])
+    want = evaluate_path(features(model.embed, bank), exam, model.base, model.base.lr, [1, 5])
     assert torch.equal(finetune(model, bank, exam, 0., [1, 5]), want)
     with pytest.raises(ValueError, match="ascend"): finetune(model, bank, exam, 0., [5, 1])
 
@@ -155,22 +155,22 @@ def test_processes_share_the_tasks(net, bank):
     exam, all_w, odd = make_exam(bank, shape, tasks=7), build("update [Θ;θ]", net, base()), build("update θ, batch statistics", net, base())
     parts = [Part(r, 3) for r in range(3)]
     assert torch.equal(torch.cat([finetune(all_w, bank, exam, .01, [1, 2], team=p) for p in parts], 1), finetune(all_w, bank, exam, .01, [1, 2]))
-    assert torch.equal(torch.cat([exam_images(odd, bank, exam, team=p) for p in parts]), exam_images(odd, bank, exam))
+    assert torch.equal(torch.cat([evaluate_images(odd, bank, exam, team=p) for p in parts]), evaluate_images(odd, bank, exam))
     assert torch.equal(torch.cat([task_features(odd, bank, exam, team=p)[0] for p in parts]), task_features(odd, bank, exam)[0])
     assert finetune(all_w, bank, exam.first(1), .01, [1], team=Part(0, 3)).shape == (1, 0)   # more processes than tasks
     twice = lambda x, shape: torch.stack([odd(x, shape)]*2)
-    assert torch.equal(exam_images(odd, bank, exam, call=twice), exam_images(odd, bank, exam).expand(2, -1))
-    assert [exam_images(odd, bank, exam.first(1), team=Part(0, 3), call=c).shape for c in (None, twice)] == [(0,), (2, 0)]
+    assert torch.equal(evaluate_images(odd, bank, exam, call=twice), evaluate_images(odd, bank, exam).expand(2, -1))
+    assert [evaluate_images(odd, bank, exam.first(1), team=Part(0, 3), call=c).shape for c in (None, twice)] == [(0,), (2, 0)]
 
 def test_batch_statistics_is_an_mtl(net): assert isinstance(build("SS [Θ;θ], batch statistics", net, base()), BatchStatistics) and issubclass(BatchStatistics, MTL)
 
 @pytest.mark.parametrize("label", [k for k, r in ROWS.items() if r.meta and not r.batch_norm and not r.hard])
 def test_outer_gradient_against_a_loop_written_out(label, net, bank):
     "Everything that a row may move, against steps of gradient descent in plain autograd, one task after the other."
-    row, shape, moved = find_row(label), TaskShape(3, 2, 4), BaseLearner(net.d, 3, 0.3, 4)
+    row, shape, moved = find_row(label), TaskShape(3, 2, 4), BaseLearner(net.num_features, 3, 0.3, 4)
     with torch.no_grad():
         for p in moved.parameters(): p.normal_(0, .2, generator=torch.Generator().manual_seed(1))
-    model, images = build(label, deepcopy(net), moved), bank.take(next(Tasks(bank.by_class, shape, 2)))
+    model, images = build(label, deepcopy(net), moved), bank.take(next(TaskSampler(bank.by_class, shape, 2)))
     free, (ys, yq), total = [p for p in model.parameters() if p.requires_grad], (shape.labels(o) for o in (2, 4)), 0.
     loss = sum(F.cross_entropy(z, yq) for z in model(images, shape))
     for task in images:

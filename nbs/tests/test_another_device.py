@@ -1,4 +1,4 @@
-"An accelerator that this machine need not have: what would break on a GPU breaks here. Tensors with a device of their own that mix with no others, and bfloat16."
+"An accelerator that this runtime need not have: what would break on a GPU breaks here. Tensors with a device of their own that mix with no others, and bfloat16."
 import importlib
 import pkgutil
 from dataclasses import replace
@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 import mtl_nb
-from mtl_nb.devices import Machine
-from mtl_nb.experiments import run
-from mtl_nb.meta_test import load_model
-from mtl_nb.stronger import Extras
-from test_experiments import banks, killed_after, recipe, same  # noqa: F401
+from mtl_nb.train.distributed import Runtime
+from mtl_nb.experiments.run import run
+from mtl_nb.evaluation.meta_test import load_model
+from mtl_nb.train.objectives import ObjectiveConfig
+from test_run import banks, killed_after, recipe, same  # noqa: F401
 
 THERE, plain_tensor = torch.device("lazy"), torch.tensor  # a device type of PyTorch's that nobody here computes on
 
@@ -55,7 +55,7 @@ def pretended(monkeypatch):
         x = plain_tensor(*args, **more)
         return x if device is None else x.to(device)
     monkeypatch.setattr(torch, "tensor", tensor)
-    with Pretended(): yield Machine(THERE, at_once=1)
+    with Pretended(): yield Runtime(THERE, tasks_at_once=1)
 
 
 def test_devices_do_not_mix_by_themselves(pretended):
@@ -88,7 +88,7 @@ def test_same_answers_on_another_device(banks, everything, on_the_cpu, tmp_path,
 
 
 def test_stronger_phase_one_on_another_device(banks, recipe, tmp_path, pretended):
-    r = replace(recipe, methods=(), drop=.1, extras=Extras(turns=.5, mixup=.2, block=3, cosine=True, generations=2), phase1=replace(recipe.phase1, epochs=1), **SHORT)
+    r = replace(recipe, methods=(), drop=.1, extras=ObjectiveConfig(turns=.5, mixup=.2, block=3, cosine=True, generations=2), phase1=replace(recipe.phase1, epochs=1), **SHORT)
     assert len(run(r, banks, tmp_path/"run", pretended)["rows"]) == 1
 
 

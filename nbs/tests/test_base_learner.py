@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtl_nb.base_learner import BaseLearner, fit_head, fit_heads, head_path, head_path_primal
+from mtl_nb.models.base_learner import BaseLearner, fit_head, fit_heads, head_path, head_path_primal
 
 paths = pytest.mark.parametrize("path", [head_path, head_path_primal])
 
@@ -151,7 +151,7 @@ def test_saved_and_loaded():
 
 @pytest.mark.parametrize("E, n, N", [(1, 1, 3), (1, 1, 1), (1, 5, 5), (3, 1, 4), (3, 10, 5), (3, 11, 5), (1, 25, 5)])
 def test_heads_of_every_size_on_the_way(E, n, N):
-    "Also where an array of one task or one picture is in order however its axes are turned."
+    "Also where an array of one task or one picture is in order however its axes are rotate_some."
     t, steps = task(E, n, N=N), [0, 1, 1, 20]
     weights, biases = fit_heads(t["support"], t["labels"], t["weight"], t["bias"], 0.1, steps)
     for i, z in enumerate(head_path(**t, lr=0.1, steps=steps)): assert torch.allclose(t["query"] @ weights[:, i].mT + biases[:, i, None], z, rtol=0, atol=1e-12)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.data import ImageBank, stream
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.glyphs import glyphs
-from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
-from mtl_nb.pretrain import PretrainConfig, pretrain, pretrain_state
-from mtl_nb.resnet12 import ResNet12
-from mtl_nb.scale_shift import scale_shift
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.data.bank import ImageBank, prefetch
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.data.glyphs import glyphs
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
+from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.models.scale_shift import scale_shift
 
 def mapped(path, gigabytes, size=84, classes=100):
     "A file of so many gigabytes, mostly holes, some of it noise, and a bank over it."
@@ -45,7 +45,7 @@ def train_on(bank, steps):
     with pytest.raises(Enough): next(pretrain(state, bank, cfg, call=call))
     assert any(not torch.equal(v, before[k]) for k, v in state.model.state_dict().items())
     cfg = MetaTrainConfig(tasks=2*steps, batch=2)
-    for record in meta_train(meta_state(MTL(scale_shift(state.model.net), BaseLearner(8, 5)), cfg), Tasks(bank.by_class, TaskShape(), 2), bank, cfg): most.append(anonymous())
+    for record in meta_train(meta_state(MTL(scale_shift(state.model.net), BaseLearner(8, 5)), cfg), TaskSampler(bank.by_class, TaskShape(), 2), bank, cfg): most.append(anonymous())
     assert record["tasks"] == 2*steps
     return max(most)
 
@@ -61,16 +61,16 @@ def test_ten_gigabytes_train_in_two(tmp_path):
 def test_order_and_labels(ahead):
     bank = glyphs(0)["val"]
     batches = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0)).split(333)
-    there = list(stream(bank, iter(batches), torch.device("cpu"), ahead))
+    there = list(prefetch(bank, iter(batches), torch.device("cpu"), ahead))
     assert len(there) == len(batches)
     for idx, (x, y) in zip(batches, there): assert torch.equal(x, bank.take(idx)) and torch.equal(y, bank.y[idx])
 
-def test_nothing_to_fetch(): assert list(stream(glyphs(0)["val"], [], torch.device("cpu"))) == []
+def test_nothing_to_fetch(): assert list(prefetch(glyphs(0)["val"], [], torch.device("cpu"))) == []
 
 def test_errors_come_through_and_threads_end():
     bank, before = glyphs(0)["val"], threading.active_count()
-    with pytest.raises(IndexError): list(stream(bank, [torch.tensor([len(bank)])], torch.device("cpu")))
-    some = stream(bank, torch.arange(1000).split(10), torch.device("cpu"))
+    with pytest.raises(IndexError): list(prefetch(bank, [torch.tensor([len(bank)])], torch.device("cpu")))
+    some = prefetch(bank, torch.arange(1000).split(10), torch.device("cpu"))
     next(some); some.close()
     for t in threading.enumerate(): t.join(5) if t is not threading.current_thread() and not t.daemon else None
     assert threading.active_count() <= before

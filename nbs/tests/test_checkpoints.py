@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from mtl_nb.checkpoints import RunFolder, TrainState, load, load_state, pack, save, save_state, sha256, unpack, write_whole
-from mtl_nb.data import BadInput
+from mtl_nb.train.checkpoints import RunFolder, TrainState, load, load_state, pack, save, save_state, unpack
+from mtl_nb.core import sha256, atomic_write
+from mtl_nb.core import BadInput
 
 def refused(f, match):
     "`f()` raises a `BadInput` of one line"
@@ -41,7 +42,7 @@ def test_round_trip_of_every_type(path, dtype):
 
 def test_views_of_one_memory_and_other_layouts(path):
     x = torch.arange(48.).view(2, 3, 2, 4)
-    t = {"x": x, "same": x, "row": x[0, 1], "turned": x.mT, "last": x.contiguous(memory_format=torch.channels_last), "grad": x.clone().requires_grad_()}
+    t = {"x": x, "same": x, "row": x[0, 1], "rotate_some": x.mT, "last": x.contiguous(memory_format=torch.channels_last), "grad": x.clone().requires_grad_()}
     save(path, t, {})
     for k, v in load(path)[0].items(): assert torch.equal(v, t[k]) and not v.requires_grad
 
@@ -100,15 +101,15 @@ def test_wrong_kind_and_no_file(path):
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path/"file").write_text("x")
-    for p in tmp_path/"none"/"w", tmp_path/"file"/"w": refused(lambda: write_whole(p, b"x"), "cannot write")
+    for p in tmp_path/"none"/"w", tmp_path/"file"/"w": refused(lambda: atomic_write(p, b"x"), "cannot write")
     (tmp_path/"dir").mkdir()
-    refused(lambda: write_whole(tmp_path/"dir", b"x"), "cannot write")
+    refused(lambda: atomic_write(tmp_path/"dir", b"x"), "cannot write")
     assert sorted(os.listdir(tmp_path)) == ["dir", "file"]
 
 # --- other processes ------------------------------------------------------------------------------------------------
 WRITER = """
 import sys, torch
-from mtl_nb.checkpoints import save
+from mtl_nb.train.checkpoints import save
 path, value, times = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)
 for i in range(times): save(path, {"a": torch.full((200_000,), value), "b": torch.full((7,), value)}, {"value": value})
@@ -241,7 +242,7 @@ def test_places_that_can_be_no_run_folder(tmp_path):
 def test_a_run_goes_on_with_its_own_folder_only(tmp_path):
     run = RunFolder(tmp_path/"a"/"b", RUN)
     assert run.kept("phase1") is None
-    run.log.append(dict(loss=.5)); run.keep("phase1", train=state(), seconds=1.5); run.log.append(dict(loss=.4))
+    run.log.append(dict(loss=.5)); run.save_state("phase1", train=state(), seconds=1.5); run.log.append(dict(loss=.4))
     again = RunFolder(run.path, RUN, resume=True)
     kept = again.kept("phase1")
     assert kept["seconds"] == 1.5 and again.log == [dict(loss=.5)]
@@ -249,5 +250,5 @@ def test_a_run_goes_on_with_its_own_folder_only(tmp_path):
     for other in RUN | dict(recipe_sha256="x"), RUN | dict(data=dict(name="fc100")): refused(lambda: RunFolder(run.path, other, resume=True), "holds")
     (run.path/".phase1.state").write_bytes((run.path/".phase1.state").read_bytes()[:-9])
     refused(lambda: again.kept("phase1"), "damaged")
-    again.forget()
+    again.clear()
     assert sorted(os.listdir(run.path)) == ["log.jsonl", "recipe.json"]

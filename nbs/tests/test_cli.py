@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mtl_nb.cli import mtl_meta_test, mtl_run
-from mtl_nb.glyphs import glyphs
+from mtl_nb.data.glyphs import glyphs
 
 
 def write(root, banks, classes, images):
@@ -66,7 +66,7 @@ def refused(capsys, words, command=mtl_run, **arguments):
     (dict(set="phase1.augment.turn=1"), "an augmentation has only pad, flip, jitter, zoom"),
     (dict(set="select=10000000"), "select must be from 2 to 1,000,000"),
     (dict(set='phase1.lr="0.1"'), "lr must be a number, got"),
-    (dict(set="extras.generations=2; extras.temperature=Infinity"), "temperature must be above 0, and at most 1000"),
+    (dict(set="objective.rounds=2; objective.temperature=Infinity"), "temperature must be above 0, and at most 1000"),
 ])
 def test_options(pictures, capsys, arguments, words):
     refused(capsys, words, data=str(pictures), out="out", **arguments)

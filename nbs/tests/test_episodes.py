@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from mtl_nb.data import BadInput, ImageBank
-from mtl_nb.episodes import TaskShape, Tasks, sample_tasks, show_task, task_explorer
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.data.episodes import TaskShape, TaskSampler, sample_tasks, show_task, task_explorer
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def classes(*sizes): return list(torch.arange(sum(sizes)).split(list(sizes)))
@@ -59,22 +60,22 @@ def test_tasks_are_pinned():
 
 def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
-    next(Tasks(classes(9, 9), TaskShape(2, 1, 1), seed=3))
+    next(TaskSampler(classes(9, 9), TaskShape(2, 1, 1), seed=3))
     assert torch.equal(torch.get_rng_state(), state)
 
 def test_a_stream_stops_and_goes_on():
-    source = Tasks(classes(9, 9, 9), TaskShape(2, 1, 2), batch=3, seed=1)
+    source = TaskSampler(classes(9, 9, 9), TaskShape(2, 1, 2), batch=3, seed=1)
     for _ in range(5): next(source)
     state = source.state_dict()
     later = [next(source) for _ in range(4)]
-    again = Tasks(classes(9, 9, 9), TaskShape(2, 1, 2), batch=3)
+    again = TaskSampler(classes(9, 9, 9), TaskShape(2, 1, 2), batch=3)
     again.load_state_dict(state)
     assert all(torch.equal(a, next(again)) for a in later)
 
 def test_streams_of_different_seeds_differ_and_batches_are_checked():
-    a, b = (next(Tasks(classes(9, 9, 9), TaskShape(2, 1, 2), seed=s)) for s in (0, 1))
+    a, b = (next(TaskSampler(classes(9, 9, 9), TaskShape(2, 1, 2), seed=s)) for s in (0, 1))
     assert not torch.equal(a, b)
-    with pytest.raises(BadInput, match="at least 1 task, got 0"): Tasks(classes(9, 9), TaskShape(2, 1, 1), batch=0)
+    with pytest.raises(BadInput, match="at least 1 task, got 0"): TaskSampler(classes(9, 9), TaskShape(2, 1, 1), batch=0)
 
 def test_a_task_is_shown_whatever_its_shape():
     for n, k, q, shown in ((2, 1, 1, 4), (3, 4, 5, 2)):

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from mtl_nb import folders
-from mtl_nb.data import BadInput, ImageBank, pixel_hash
-from mtl_nb.folders import build_bank, cache_folder, class_files, fit, folder_bank, folder_splits, read_image
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank, pixel_hash
+from mtl_nb.data.folders import build_bank, cache_folder, class_files, fit, folder_bank, folder_splits, read_image
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 

@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from mtl_nb.checkpoints import load_state, save_state
-from mtl_nb.data import BadInput
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.hard_tasks import HardTasks
+from mtl_nb.train.checkpoints import load_state, save_state
+from mtl_nb.core import BadInput
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.data.hard_tasks import HardTaskSampler
 
 shape = TaskShape(5, 1, 3)
 by_class = list(torch.arange(200).split(10))   # 20 classes of 10
@@ -15,7 +15,7 @@ def classes(idx): return label[idx[:, :, 0]]
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7, 20, 50])
 @pytest.mark.parametrize("random,hard", [(20, 10), (20, 4), (5, 5), (1, 1)])
 def test_stretches_and_what_they_are_made_of(batch, random, hard):
-    tasks, noise = HardTasks(by_class, shape, batch, 1, random, hard), torch.Generator().manual_seed(0)
+    tasks, noise = HardTaskSampler(by_class, shape, batch, 1, random, hard), torch.Generator().manual_seed(0)
     kinds, noted, stretch = [], [], set()
     while len(kinds) < 10*(random + hard):
         idx = next(tasks)
@@ -33,7 +33,7 @@ def test_stretches_and_what_they_are_made_of(batch, random, hard):
     assert kinds == ([False]*random + [True]*hard)*10
 
 def test_what_the_last_random_task_tells_is_in_the_set():
-    tasks = HardTasks(by_class, shape, 4, 0, random=8, hard_count=4)
+    tasks = HardTaskSampler(by_class, shape, 4, 0, random=8, hard_count=4)
     for _ in range(2): idx = next(tasks)
     tasks.feedback(classes(idx)[3:], torch.tensor([[1., 1, 0, 1, 1]]))   # only of the last task
     hard = classes(next(tasks))
@@ -42,18 +42,18 @@ def test_what_the_last_random_task_tells_is_in_the_set():
 
 def test_ties_are_fair_and_repeatable():
     c, a = torch.tensor([4, 9, 2, 7, 11]), torch.tensor([.5, .2, .2, .9, .2])
-    counts = [HardTasks(by_class, shape, seed=s).failure(c, a) for s in range(600)]
-    assert counts == [HardTasks(by_class, shape, seed=s).failure(c, a) for s in range(600)]
+    counts = [HardTaskSampler(by_class, shape, seed=s).failure(c, a) for s in range(600)]
+    assert counts == [HardTaskSampler(by_class, shape, seed=s).failure(c, a) for s in range(600)]
     assert set(counts) == {9, 2, 11} and all(150 < counts.count(m) < 250 for m in (9, 2, 11))
 
 def test_without_a_tie_no_die_is_thrown():
-    tasks = HardTasks(by_class, shape)
+    tasks = HardTaskSampler(by_class, shape)
     before = tasks.g.get_state()
     tasks.feedback(torch.tensor([[4, 9, 2, 7, 11]]), torch.tensor([[.5, .2, .3, .9, .4]]))
     assert tasks.failed == [9] and torch.equal(tasks.g.get_state(), before)
 
 def test_no_hard_tasks_is_the_plain_source_and_deaf():
-    plain, none = Tasks(by_class, shape, 4, 3), HardTasks(by_class, shape, 4, 3, hard_count=0)
+    plain, none = TaskSampler(by_class, shape, 4, 3), HardTaskSampler(by_class, shape, 4, 3, hard_count=0)
     for _ in range(30):
         a, b = next(plain), next(none)
         assert torch.equal(a, b)
@@ -61,7 +61,7 @@ def test_no_hard_tasks_is_the_plain_source_and_deaf():
     assert none.failed == [] and not none.hard
 
 def test_feedback_makes_the_difference_only_after_the_first_stretch():
-    plain, told = Tasks(by_class, shape, 4, 3), HardTasks(by_class, shape, 4, 3)
+    plain, told = TaskSampler(by_class, shape, 4, 3), HardTaskSampler(by_class, shape, 4, 3)
     for _ in range(5):
         idx = next(told)
         assert torch.equal(next(plain), idx)
@@ -70,7 +70,7 @@ def test_feedback_makes_the_difference_only_after_the_first_stretch():
 
 @pytest.mark.parametrize("failed", [[], [3], [3, 8], [0, 1, 2, 3], [0, 1, 2, 3, 4], list(range(12))])
 def test_the_pool_holds_the_failures_and_at_least_n(failed):
-    tasks = HardTasks(by_class, shape)
+    tasks = HardTaskSampler(by_class, shape)
     tasks.failed = list(failed)
     before = tasks.g.get_state()
     pool = tasks.pool().tolist()
@@ -87,14 +87,14 @@ def test_state_through_a_file(tmp_path, stop):
             tasks.feedback(classes(idx), (classes(idx)*7 % 5).float())   # ties among them
             out.append(idx)
         return out
-    tasks, again = HardTasks(by_class, shape, 4, 5), HardTasks(by_class, shape, 4, 77)
+    tasks, again = HardTaskSampler(by_class, shape, 4, 5), HardTaskSampler(by_class, shape, 4, 77)
     go(again, 4); go(tasks, stop)
     save_state(tmp_path/"t.safetensors", tasks=tasks)
     again.load_state_dict(load_state(tmp_path/"t.safetensors")["tasks"])
     assert all(torch.equal(a, b) for a, b in zip(go(tasks, 20), go(again, 20), strict=True))
 
 def test_a_saved_state_does_not_change_with_the_source():
-    tasks = HardTasks(by_class, shape)
+    tasks = HardTaskSampler(by_class, shape)
     tasks.failed = [1]
     state = tasks.state_dict()
     tasks.failed.append(2); next(tasks)
@@ -102,21 +102,21 @@ def test_a_saved_state_does_not_change_with_the_source():
 
 @pytest.mark.parametrize("bad", [dict(random=0), dict(random=-3), dict(hard_count=-1), dict(batch=0)])
 def test_refused(bad):
-    with pytest.raises(BadInput) as e: HardTasks(by_class, shape, **bad)
+    with pytest.raises(BadInput) as e: HardTaskSampler(by_class, shape, **bad)
     assert "\n" not in str(e.value)
 
 def test_a_class_with_too_few_images_is_refused():
-    with pytest.raises(BadInput, match="3 images"): next(HardTasks([*by_class[:-1], torch.arange(3)], shape))
+    with pytest.raises(BadInput, match="3 images"): next(HardTaskSampler([*by_class[:-1], torch.arange(3)], shape))
 
 def test_exactly_n_classes():
-    tasks = HardTasks(by_class[:5], shape, 4, 0)
+    tasks = HardTaskSampler(by_class[:5], shape, 4, 0)
     for _ in range(16):
         idx = next(tasks)
         assert classes(idx).sort(1).values.tolist() == [[0, 1, 2, 3, 4]]*len(idx)
         tasks.feedback(classes(idx), torch.zeros(len(idx), 5))
 
 def test_two_sources_do_not_share_anything():
-    a, b = HardTasks(by_class, shape, 4, 0), HardTasks(by_class, shape, 4, 0)
+    a, b = HardTaskSampler(by_class, shape, 4, 0), HardTaskSampler(by_class, shape, 4, 0)
     torch.manual_seed(0); want = torch.rand(2)
     torch.manual_seed(0)
     idx = next(a); a.feedback(classes(idx), torch.zeros(4, 5))

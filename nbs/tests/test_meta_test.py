@@ -2,15 +2,18 @@
 import pytest
 import torch
 
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.checkpoints import save, sha256
-from mtl_nb.data import BadInput, ImageBank
-from mtl_nb.episodes import TaskShape
-from mtl_nb.evaluation import features
-from mtl_nb.meta_test import Protocol, load_model, meta_test, paper_protocol, read_backbone
-from mtl_nb.meta_train import MTL
-from mtl_nb.resnet12 import ResNet12
-from mtl_nb.scale_shift import scale_shift
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.train.checkpoints import save
+from mtl_nb.core import sha256
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.data.episodes import TaskShape
+from mtl_nb.evaluation.exam import features
+from mtl_nb.evaluation.meta_test import Protocol, load_model, meta_test, paper_protocol
+from mtl_nb.train.checkpoints import load_backbone
+from mtl_nb.train.meta_train import MTL
+from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.models.scale_shift import scale_shift
 
 WIDTHS = [4, 4, 4, 8]
 
@@ -96,7 +99,7 @@ def test_backbone_is_looked_for_beside_it_only(files, tmp_path):
 @pytest.mark.parametrize("record", [dict(widths=[4, 4, 8, 8], drop=0.), dict(drop=0.), dict(widths=WIDTHS), dict(widths=4, drop=0.), dict(widths="wide", drop=0.), dict(widths=[4, 4], drop=0.), dict(widths=WIDTHS, drop=7.), dict(widths=[-4, 4, 4, 8], drop=0.)])
 def test_backbone_unlike_its_record(tmp_path, record):
     save(tmp_path/"p", ResNet12(WIDTHS).state_dict(), dict(kind="backbone") | record)
-    refused(tmp_path/"p", "does not hold the ResNet-12 that its record tells", read_backbone)
+    refused(tmp_path/"p", "does not hold the ResNet-12 that its record tells", load_backbone)
 
 
 def test_centre_of_another_size(files): refused(files(theta={"centre": torch.zeros(5)}), "has a centre of [5] for 8 features")

@@ -3,14 +3,15 @@ import pytest
 import torch
 from torch import nn
 
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.checkpoints import load_state, save_state
-from mtl_nb.data import BadInput, ImageBank
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.hard_tasks import HardTasks
-from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
-from mtl_nb.resnet12 import ResNet12
-from mtl_nb.scale_shift import scale_shift
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.train.checkpoints import load_state, save_state
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.data.hard_tasks import HardTaskSampler
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.models.scale_shift import scale_shift
 
 shape = TaskShape(3, 1, 2)
 
@@ -23,7 +24,7 @@ def new(cfg, backbone=None, order=2, centre=None):
     net = backbone or scale_shift(ResNet12((4, 4, 4, 8)).eval())
     return meta_state(MTL(net, BaseLearner(8, 3, 0.1, 5, order), centre), cfg)
 
-def hard(bank, batch=2, seed=0): return HardTasks(bank.by_class, shape, batch, seed, random=4, hard_count=3)
+def hard(bank, batch=2, seed=0): return HardTaskSampler(bank.by_class, shape, batch, seed, random=4, hard_count=3)
 def tensors(state): return {k: v.clone() for k, v in state.model.state_dict().items()}
 def same(a, b): return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 def plain(records): return [{k: v.tolist() if torch.is_tensor(v) else v for k, v in r.items()} for r in records]
@@ -52,7 +53,7 @@ def tasks_state(records, bank):
         tasks.feedback(bank.y[idx[:, :, 0]], torch.tensor(r["by_class"]))
     return tasks.g.get_state()
 
-@pytest.mark.parametrize("source", [Tasks, HardTasks])
+@pytest.mark.parametrize("source", [TaskSampler, HardTaskSampler])
 @pytest.mark.parametrize("tasks", [0, 1, 9, 25])
 def test_a_budget_is_kept_to_the_task(bank, source, tasks):
     cfg = MetaTrainConfig(tasks=tasks, batch=4)
@@ -65,7 +66,7 @@ def test_a_budget_is_kept_to_the_task(bank, source, tasks):
 def test_rates_are_halved_by_tasks_down_to_the_floor(bank):
     cfg = MetaTrainConfig(tasks=24, batch=2, lr=1e-2, head_lr=4e-3, halve=4, floor=.1)
     state = new(cfg)
-    seen = [[g["lr"] for g in state.opt.param_groups] for _ in meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg)]
+    seen = [[g["lr"] for g in state.opt.param_groups] for _ in meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg)]
     share = [max(.1, .5**(t//4)) for t in range(0, 24, 2)]
     assert torch.allclose(torch.tensor(seen), torch.tensor([[1e-2*s, 4e-3*s] for s in share]))
     assert share[-1] == .1
@@ -76,7 +77,7 @@ def test_no_number_no_step(bank, spoilt):
     state = new(cfg)
     state.model.get_parameter(spoilt).data[0] = float("nan")
     before = tensors(state)
-    with pytest.raises(BadInput, match="^phase 2: .* after 0 tasks: lower") as e: next(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg))
+    with pytest.raises(BadInput, match="^phase 2: .* after 0 tasks: lower") as e: next(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg))
     assert "\n" not in str(e.value) and state.done == 0
     assert all(torch.equal(v.nan_to_num(), state.model.state_dict()[k].nan_to_num()) for k, v in before.items())
 
@@ -84,7 +85,7 @@ def test_statistics_stay_even_if_somebody_calls_train(bank):
     cfg = MetaTrainConfig(tasks=4, batch=2)
     state = new(cfg)
     before = tensors(state)
-    for _ in meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg): state.model.train(); state.model.train(False); state.model.train()
+    for _ in meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg): state.model.train(); state.model.train(False); state.model.train()
     moved = {k for k, v in state.model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if k.endswith((".scale", ".shift")) or k.startswith("base.")} and not state.model.training
 
@@ -92,7 +93,7 @@ def test_a_backbone_with_nothing_to_train_leaves_the_head(bank):
     cfg = MetaTrainConfig(tasks=4, batch=2)
     state = new(cfg, ResNet12((4, 4, 4, 8)).requires_grad_(False))
     before = tensors(state)
-    list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg))
+    list(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg))
     assert {k for k, v in state.model.state_dict().items() if not torch.equal(v, before[k])} == {"base.weight", "base.bias"}
 
 def test_any_backbone(bank):
@@ -101,7 +102,7 @@ def test_any_backbone(bank):
     for backbone in (scale_shift(net), net):
         state = new(cfg, backbone)
         before = tensors(state)
-        list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg))
+        list(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg))
         moved = {k for k, v in state.model.state_dict().items() if not torch.equal(v, before[k])}
         assert moved == {k for k, p in state.model.named_parameters() if p.requires_grad}
 
@@ -110,7 +111,7 @@ def test_rates_of_zero_and_orders(bank):
     for order in 1, 2:
         cfg = MetaTrainConfig(tasks=6, batch=2, head_lr=0.)
         state = new(cfg, order=order)
-        list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg))
+        list(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg))
         assert not state.model.base.weight.any() and not state.model.base.bias.any()
         out[order] = tensors(state)
     assert not same(out[1], out[2])
@@ -118,7 +119,7 @@ def test_rates_of_zero_and_orders(bank):
 def test_centred_features_have_length_4_and_the_centre_stays(bank):
     cfg, centre = MetaTrainConfig(tasks=4, batch=2), torch.full((8,), .1)
     state = new(cfg, centre=centre)
-    list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank, cfg))
+    list(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank, cfg))
     assert torch.equal(state.model.centre, torch.full((8,), .1))
     assert torch.allclose(state.model.embed(bank.take(torch.arange(5))).norm(dim=1), torch.tensor(4.), atol=1e-5)
 
@@ -131,7 +132,7 @@ def test_nothing_touches_the_global_generator(bank):
 def test_augmentation_comes_from_the_state_alone(bank):
     def losses(seed, augment): 
         cfg = MetaTrainConfig(tasks=4, batch=2, augment=augment, seed=seed)
-        return [r["loss"] for r in meta_train(new(cfg), Tasks(bank.by_class, shape, 2, 0), bank, cfg)]
+        return [r["loss"] for r in meta_train(new(cfg), TaskSampler(bank.by_class, shape, 2, 0), bank, cfg)]
     some = dict(pad=2)
     assert losses(0, some) == losses(0, some) != losses(1, some) and losses(0, None) == losses(1, None) != losses(0, some)
 
@@ -146,5 +147,5 @@ def test_a_compiled_model_on_a_gpu(bank):
     cfg = MetaTrainConfig(tasks=4, batch=2)
     state = new(cfg)
     state.model.to("cuda")
-    said = list(meta_train(state, Tasks(bank.by_class, shape, 2, 0), bank.to("cuda"), cfg, call=torch.compile(state.model, backend="eager")))
+    said = list(meta_train(state, TaskSampler(bank.by_class, shape, 2, 0), bank.to("cuda"), cfg, call=torch.compile(state.model, backend="eager")))
     assert [r["tasks"] for r in said] == [2, 4] and all(0 < r["loss"] < 10 for r in said)

@@ -6,31 +6,36 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtl_nb.ablations import exam_images
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.checkpoints import load_state, save_state
-from mtl_nb.data import BadInput
-from mtl_nb.devices import Team
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.evaluation import evaluate, features, make_exam
-from mtl_nb.hard_tasks import HardTasks
-from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
-from mtl_nb.other_methods import METHODS, MAML, TADAM, ConvNet4, Cosine, Prototypes, answers, co_train
-from mtl_nb.resnet12 import ResNet12
+from mtl_nb.methods.ablations import evaluate_images
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.train.checkpoints import load_state, save_state
+from mtl_nb.core import BadInput
+from mtl_nb.train.distributed import Team
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.evaluation.exam import evaluate, features, make_exam
+from mtl_nb.data.hard_tasks import HardTaskSampler
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.methods.base import BASELINES
+from mtl_nb.methods.maml import MAML
+from mtl_nb.methods.tadam import TADAM, co_train
+from mtl_nb.models.convnet4 import ConvNet4
+from mtl_nb.models.heads import Cosine, Prototypes
+from mtl_nb.evaluation.exam import evaluate_head
+from mtl_nb.models.resnet12 import ResNet12
 
 shape = TaskShape(5, 1, 2)
-TRAINED = [k for k, r in METHODS.items() if r.meta]
+TRAINED = [k for k, r in BASELINES.items() if r.meta]
 
 @pytest.fixture()
-def images(bank): return bank.take(next(Tasks(bank.by_class, shape, 3)))
+def images(bank): return bank.take(next(TaskSampler(bank.by_class, shape, 3)))
 
-def build(label, net, **more): return METHODS[label].build(net, 5, classes=8, **more)
+def build(label, net, **more): return BASELINES[label].build(net, 5, classes=8, **more)
 
 def config(tasks=8): return MetaTrainConfig(tasks=tasks, batch=4, lr=1e-3, augment=dict(pad=1))
 
 def outer(label, net, bank, source=None, tasks=8):
     model, cfg = build(label, net), config(tasks)
-    return model, list(METHODS[label].loop(meta_state(model, cfg), source or Tasks(bank.by_class, shape, 4), bank, cfg))
+    return model, list(BASELINES[label].loop(meta_state(model, cfg), source or TaskSampler(bank.by_class, shape, 4), bank, cfg))
 
 @pytest.mark.parametrize("call, words", [
     (lambda: Prototypes(0), "at least one class"), (lambda: Cosine(0), "at least one class"),
@@ -44,26 +49,26 @@ def test_what_does_not_fit_is_refused_in_words(call, words):
     assert words in str(e.value) and "\n" not in str(e.value)
 
 def test_labels_and_slugs_are_distinct():
-    assert all(k == r.label for k, r in METHODS.items()) and len({r.slug for r in METHODS.values()}) == len(METHODS)
-    assert all(r.slug.isascii() and r.slug.replace("-", "").isalnum() and r.slug == r.slug.lower() for r in METHODS.values())
-    assert (METHODS["MAML 4-conv, first order"].slug, METHODS["Meta-Baseline"].slug) == ("maml-4-conv-first-order", "meta-baseline")
+    assert all(k == r.label for k, r in BASELINES.items()) and len({r.slug for r in BASELINES.values()}) == len(BASELINES)
+    assert all(r.slug.isascii() and r.slug.replace("-", "").isalnum() and r.slug == r.slug.lower() for r in BASELINES.values())
+    assert (BASELINES["MAML 4-conv, first order"].slug, BASELINES["Meta-Baseline"].slug) == ("maml-4-conv-first-order", "meta-baseline")
 
 def test_nothing_touches_the_global_generator(net, bank, images):
     torch.manual_seed(5); want = torch.rand(3); torch.manual_seed(5)
-    for label in METHODS: build(label, net)(images, shape)
+    for label in BASELINES: build(label, net)(images, shape)
     outer("TADAM", net, bank)
     assert torch.equal(torch.rand(3), want)
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", BASELINES)
 def test_seed_decides_the_start_and_the_network_given_is_untouched(label, net, images):
     kept = {k: v.clone() for k, v in net.state_dict().items()}
     a, b, c = (build(label, net, seed=s) for s in (0, 0, 1))
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    random = label == "TADAM" or not METHODS[label].pretrained
+    random = label == "TADAM" or not BASELINES[label].pretrained
     assert random == any(not torch.equal(v, c.state_dict()[k]) for k, v in a.state_dict().items())
     for p in a.parameters(): p.data += 1
     assert all(torch.equal(v, kept[k]) for k, v in net.state_dict().items()) and not any(p.requires_grad for p in net.parameters())
-    assert any(torch.equal(v, kept[k.removeprefix("backbone.")]) for k, v in b.state_dict().items() if k.removeprefix("backbone.") in kept) == METHODS[label].pretrained
+    assert any(torch.equal(v, kept[k.removeprefix("backbone.")]) for k, v in b.state_dict().items() if k.removeprefix("backbone.") in kept) == BASELINES[label].pretrained
 
 @pytest.mark.parametrize("label", TRAINED)
 def test_training_moves_all_that_it_may_and_no_statistics(label, net, bank):
@@ -77,51 +82,51 @@ def test_training_moves_all_that_it_may_and_no_statistics(label, net, bank):
 @pytest.mark.parametrize("label", TRAINED)
 def test_resumed_is_never_stopped(label, net, bank, tmp_path):
     whole, _ = outer(label, net, bank)
-    model, cfg, tasks = build(label, net), config(), Tasks(bank.by_class, shape, 4)
+    model, cfg, tasks = build(label, net), config(), TaskSampler(bank.by_class, shape, 4)
     state = meta_state(model, cfg)
-    next(METHODS[label].loop(state, tasks, bank, cfg))
+    next(BASELINES[label].loop(state, tasks, bank, cfg))
     save_state(tmp_path/"state", train=state, tasks=tasks)
-    again, source, kept = build(label, net, seed=9), Tasks(bank.by_class, shape, 4, seed=9), load_state(tmp_path/"state")
+    again, source, kept = build(label, net, seed=9), TaskSampler(bank.by_class, shape, 4, seed=9), load_state(tmp_path/"state")
     after = meta_state(again, cfg)
     after.load_state_dict(kept["train"]); source.load_state_dict(kept["tasks"])
-    assert len(list(METHODS[label].loop(after, source, bank, cfg))) == 1
+    assert len(list(BASELINES[label].loop(after, source, bank, cfg))) == 1
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 
 @pytest.mark.parametrize("label", TRAINED)
 def test_hard_tasks_as_a_source(label, net, bank):
-    source = HardTasks(bank.by_class, shape, 4, 0, random=4, hard_count=4)
+    source = HardTaskSampler(bank.by_class, shape, 4, 0, random=4, hard_count=4)
     _, records = outer(label, net, bank, source)
     assert [r["hard"] for r in records] == [False, True] and source.failed
 
 def test_part_by_part_is_the_whole(net, bank):
     for label in "MAML ResNet-12", "TADAM", "Meta-Baseline":
         models = [build(label, net) for _ in range(2)]
-        for model, at_once in zip(models, (0, 1)):
+        for model, tasks_at_once in zip(models, (0, 1)):
             cfg = MetaTrainConfig(tasks=4, batch=4)
             with torch.no_grad(): model.base.weight += .3 if model.base.weight.dim() < 2 else torch.eye(5, 8)
-            list(meta_train(meta_state(model, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, at_once=at_once))
+            list(meta_train(meta_state(model, cfg), TaskSampler(bank.by_class, shape, 4), bank, cfg, tasks_at_once=tasks_at_once))
         grads = [torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in models]
         assert (grads[0] - grads[1]).norm() < 1e-4*grads[0].norm()
 
-@pytest.mark.parametrize("label", METHODS)
+@pytest.mark.parametrize("label", BASELINES)
 def test_exams(label, net, bank):
     exam, model = make_exam(bank, shape, tasks=7), build(label, net)
     kept = {k: v.clone() for k, v in model.state_dict().items()}
-    got, yq = exam_images(model, bank, exam, chunk=3), shape.labels(shape.n_query)
+    got, yq = evaluate_images(model, bank, exam, chunk=3), shape.labels(shape.n_query)
     alone = torch.stack([(model(bank.take(idx)[None], shape)[0].argmax(-1) == yq).sum() for idx in exam.idx]) # task by task
-    assert got.dtype == torch.int64 and got.shape == (7,) and torch.equal(got, exam_images(model, bank, exam, chunk=7)) and torch.equal(got, alone)
+    assert got.dtype == torch.int64 and got.shape == (7,) and torch.equal(got, evaluate_images(model, bank, exam, chunk=7)) and torch.equal(got, alone)
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items()) and not any(p.grad is not None for p in model.parameters())
-    if METHODS[label].cached: assert torch.equal(answers(features(model.embed, bank), exam, model.base), got)
+    if BASELINES[label].cached: assert torch.equal(evaluate_head(features(model.embed, bank), exam, model.base), got)
 
 def test_answers_with_mirror_images_and_in_shares(net, bank):
     class Part(Team):   # each rank's share, uncut
         def cat(self, x, n): return x
     exam, model = make_exam(bank, shape, tasks=7), build("ProtoNet", net)
     f, m = features(model.embed, bank), features(model.embed, bank, mirror=True)
-    assert torch.equal(answers(f, exam, model.base, m), exam_images(model, bank, exam, mirrored=True))
-    assert torch.equal(torch.cat([answers(f, exam, model.base, team=Part(r, 3)) for r in range(3)]), answers(f, exam, model.base))
+    assert torch.equal(evaluate_head(f, exam, model.base, m), evaluate_images(model, bank, exam, mirrored=True))
+    assert torch.equal(torch.cat([evaluate_head(f, exam, model.base, team=Part(r, 3)) for r in range(3)]), evaluate_head(f, exam, model.base))
     base = BaseLearner(8, 5, 0.1, 5)
-    assert (answers(f, exam, base) - evaluate(f, exam, base)).abs().sum() <= 1
+    assert (evaluate_head(f, exam, base) - evaluate(f, exam, base)).abs().sum() <= 1
 
 def test_prototypes_are_means_whatever_the_order(net):
     g = torch.Generator().manual_seed(0)
@@ -187,7 +192,7 @@ def test_tadam_conditions_by_the_support_alone(net, images):
     assert torch.equal(a[:, 1::2], b[:, 1::2]) and not torch.allclose(a[:, ::2], b[:, ::2])
 
 def test_tadam_against_its_blocks_written_out(net, images):
-    "One task at a time, the knobs of each block turned by hand after its batch norms."
+    "One task at a time, the knobs of each block rotate_some by hand after its batch norms."
     model = TADAM(deepcopy(net), 5, 8, seed=3)
     with torch.no_grad():
         for ten in model.base.ten: ten.post.normal_(0, .5, generator=torch.Generator().manual_seed(1))
@@ -215,11 +220,11 @@ def test_co_training(net, bank):
     records = outer("TADAM", net, bank, tasks=40)[1]
     assert {"auxiliary", "loss", "by_class"} <= set(records[0]) and any(r["auxiliary"] for r in records)
     model, twin, cfg = build("TADAM", net), build("TADAM", net), config()
-    list(co_train(meta_state(model, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, start=0.))   # never heads
+    list(co_train(meta_state(model, cfg), TaskSampler(bank.by_class, shape, 4), bank, cfg, start=0.))   # never heads
     assert torch.equal(model.base.auxiliary.weight, twin.base.auxiliary.weight)
-    list(co_train(meta_state(twin, cfg), Tasks(bank.by_class, shape, 4), bank, cfg, start=2.))    # always heads, at first
+    list(co_train(meta_state(twin, cfg), TaskSampler(bank.by_class, shape, 4), bank, cfg, start=2.))    # always heads, at first
     assert not torch.equal(model.base.auxiliary.weight, twin.base.auxiliary.weight)
-    with pytest.raises(BadInput, match="knows 64 classes, the base classes are 8"): list(co_train(meta_state(METHODS["TADAM"].build(net, 5), cfg), Tasks(bank.by_class, shape, 4), bank, cfg))
+    with pytest.raises(BadInput, match="knows 64 classes, the base classes are 8"): list(co_train(meta_state(BASELINES["TADAM"].build(net, 5), cfg), TaskSampler(bank.by_class, shape, 4), bank, cfg))
 
 def test_the_same_loop_twice_gives_the_same(net, bank):
     for label in "MAML 4-conv", "TADAM":
@@ -228,4 +233,4 @@ def test_the_same_loop_twice_gives_the_same(net, bank):
 
 def test_a_flattened_small_network(net, bank):
     model = build("MAML 4-conv", net, size=16)
-    assert model.backbone.d == 32 and list(islice(meta_train(meta_state(model, config()), Tasks(bank.by_class, shape, 4), bank, config()), 1))
+    assert model.backbone.num_features == 32 and list(islice(meta_train(meta_state(model, config()), TaskSampler(bank.by_class, shape, 4), bank, config()), 1))

@@ -5,10 +5,12 @@ from itertools import islice
 import pytest
 import torch
 
-from mtl_nb.checkpoints import load_state, save_state
-from mtl_nb.data import BadInput, ImageBank
-from mtl_nb.pretrain import Classifier, PretrainConfig, learning_rate, pretrain, pretrain_state
-from mtl_nb.resnet12 import ResNet12
+from mtl_nb.train.checkpoints import load_state, save_state
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.models.heads import Classifier
+from mtl_nb.train.pretrain import PretrainConfig, learning_rate, pretrain, pretrain_state
+from mtl_nb.models.resnet12 import ResNet12
 
 WIDTHS = (4, 4, 4, 8)
 

@@ -4,8 +4,8 @@ from copy import deepcopy
 import pytest
 import torch
 
-from mtl_nb.checkpoints import load, save
-from mtl_nb.resnet12 import ResBlock, ResNet12
+from mtl_nb.train.checkpoints import load, save
+from mtl_nb.models.resnet12 import ResBlock, ResNet12
 
 WIDTHS = (4, 6, 8, 10)
 def images(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -48,7 +48,7 @@ def test_saved_and_loaded(tmp_path):
 
 def test_dropout_is_off_by_default_and_only_in_training():
     assert all(m.p == 0 for m in ResNet12(WIDTHS).modules() if isinstance(m, torch.nn.Dropout))
-    net, x = ResNet12(WIDTHS, drop=.5), images(4, 3, 32, 32)
+    net, x = ResNet12(WIDTHS, dropout=.5), images(4, 3, 32, 32)
     assert torch.equal(net.eval()(x), net(x))
 
 def test_fewer_blocks_and_other_widths():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtl_nb.scale_shift import SSConv2d, merge, scale_shift, ss_parameters
+from mtl_nb.models.scale_shift import SSConv2d, merge, scale_shift, ss_parameters
 
 def seeded(make):
     with torch.random.fork_rng(devices=[]):

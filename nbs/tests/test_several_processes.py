@@ -10,20 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mtl_nb.ablations import exam_images
-from mtl_nb.base_learner import BaseLearner
-from mtl_nb.checkpoints import load
-from mtl_nb.data import BadInput
-from mtl_nb.devices import ALONE, Team, at_the_door, join
-from mtl_nb.episodes import Tasks, TaskShape
-from mtl_nb.evaluation import exam_path, features, make_exam
-from mtl_nb.glyphs import glyphs
-from mtl_nb.hard_tasks import HardTasks
-from mtl_nb.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
-from mtl_nb.other_methods import TADAM, co_train
-from mtl_nb.pretrain import PretrainConfig, pretrain, pretrain_state
-from mtl_nb.resnet12 import ResNet12
-from mtl_nb.scale_shift import scale_shift
+from mtl_nb.methods.ablations import evaluate_images
+from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.train.checkpoints import load
+from mtl_nb.core import BadInput
+from mtl_nb.train.distributed import ALONE, Team, run_command, join
+from mtl_nb.data.episodes import TaskSampler, TaskShape
+from mtl_nb.evaluation.exam import evaluate_path, features, make_exam
+from mtl_nb.data.glyphs import glyphs
+from mtl_nb.data.hard_tasks import HardTaskSampler
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.methods.tadam import TADAM, co_train
+from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
+from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.models.scale_shift import scale_shift
 
 CROP = dict(pad=2, flip=True, jitter=.2, zoom=.8)
 
@@ -38,31 +38,31 @@ def two(*args, n=2, timeout=300):
 
 def one_phase(team, shares=2):
     bank, cfg = glyphs(0)["train"].subset(range(8)), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, shares=shares)
-    state = pretrain_state(ResNet12((4, 8, 8, 16), drop=.1), 8, cfg)
+    state = pretrain_state(ResNet12((4, 8, 8, 16), dropout=.1), 8, cfg)
     return list(pretrain(state, bank, cfg, team)), state.model.state_dict()
 
-def two_phase(team, at_once=0):
+def two_phase(team, tasks_at_once=0):
     bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=33, batch=3, lr=3e-3, augment=CROP)
     state = meta_state(MTL(scale_shift(ResNet12((4, 8, 8, 16)).eval()), BaseLearner(16, 5, .1, 10), torch.zeros(16)), cfg)
     params = [p for group in state.opt.param_groups for p in group["params"]]
     state.opt = torch.optim.SGD([dict(params=params, lr=2., start=2.)]) # Adam would blow rounding up where a gradient is zero
-    tasks = HardTasks(bank.by_class, shape, 3, 0, random=7, hard_count=4)
-    records = list(meta_train(state, tasks, bank, cfg, at_once, team))
+    tasks = HardTaskSampler(bank.by_class, shape, 3, 0, random=7, hard_count=4)
+    records = list(meta_train(state, tasks, bank, cfg, tasks_at_once, team))
     return records, state.model.state_dict()
 
 def co_trained(team):
     bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=24, batch=3, augment=CROP)
     state = meta_state(TADAM(ResNet12((4, 8, 8, 16)).eval(), 5, 8), cfg)
     state.opt = torch.optim.SGD([dict(params=[p for group in state.opt.param_groups for p in group["params"]], lr=.05, start=.05)], momentum=.9) # what has momentum must rest where it has no gradient
-    records = list(co_train(state, Tasks(bank.by_class, shape, 3), bank, cfg, batch=9, team=team))
-    right = exam_images(state.model, bank, make_exam(bank, shape, tasks=9), team=team)
+    records = list(co_train(state, TaskSampler(bank.by_class, shape, 3), bank, cfg, batch=9, team=team))
+    right = evaluate_images(state.model, bank, make_exam(bank, shape, tasks=9), team=team)
     return records, state.model.state_dict(), right
 
 def exam_of(team):
     bank = glyphs(0)["val"].subset(range(6))
     net, exam = ResNet12((4, 8, 8, 16)).eval(), make_exam(bank, TaskShape(5, 1, 5), tasks=101)
     feats = features(net, bank, team=team)
-    return feats, exam_path(feats, exam, BaseLearner(16, 5), .1, [1, 20], team=team)
+    return feats, evaluate_path(feats, exam, BaseLearner(16, 5), .1, [1, 20], team=team)
 
 def plain(records): return [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.items()} for r in records]
 
@@ -90,8 +90,8 @@ def test_phase_1_with_shares(pair):
 
 def test_phase_2(pair):
     records, weights = two_phase(ALONE)
-    for at_once, team in ((1, None), (2, None), (0, pair[0]), (0, pair[1])):
-        there, w = team["two"] if team else two_phase(ALONE, at_once)
+    for tasks_at_once, team in ((1, None), (2, None), (0, pair[0]), (0, pair[1])):
+        there, w = team["two"] if team else two_phase(ALONE, tasks_at_once)
         for a, b in zip(plain(records), plain(there), strict=True): near(a, b, 1e-4)
         near(weights, w, 1e-4)
     start = scale_shift(ResNet12((4, 8, 8, 16))).state_dict()
@@ -109,7 +109,7 @@ def test_co_training(pair):
     assert all(torch.equal(v, pair[1]["tadam"][1][k]) for k, v in pair[0]["tadam"][1].items())
 
 def test_more_processes_than_tasks(pair):
-    assert Team(0, 2).share(1) == slice(0, 0) and Team(1, 2).share(1) == slice(0, 1)
+    assert Team(0, 2).shard(1) == slice(0, 0) and Team(1, 2).shard(1) == slice(0, 1)
     assert any(r["tasks"] - s["tasks"] == 1 for r, s in zip(pair[0]["two"][0][1:], pair[0]["two"][0])), "no batch of one task was among them"
 
 def test_exam(pair):
@@ -159,9 +159,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     team = join(torch.device("cpu"))
     def refuse(): raise BadInput("no room")
-    try: team.tell(refuse); refused = ""
+    try: team.broadcast(refuse); refused = ""
     except BadInput as e: refused = str(e)
-    out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team), told=team.tell(lambda: f"from {team.rank}"), refused=refused)
+    out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team), told=team.broadcast(lambda: f"from {team.rank}"), refused=refused)
     here = dist.is_initialized()
-    out["gone"] = here and at_the_door(refuse, BadInput) == 2 and not dist.is_initialized() # who stays is aborted, now and then, when Python ends
+    out["gone"] = here and run_command(refuse, BadInput) == 2 and not dist.is_initialized() # who stays is aborted, now and then, when Python ends
     torch.save(out, Path(sys.argv[1])/f"{team.rank}.pt")

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from mtl_nb import speed
-from mtl_nb.data import BadInput, ImageBank
-from mtl_nb.speed import bench, conv_flops, published_head, race
+from mtl_nb.core import BadInput
+from mtl_nb.data.bank import ImageBank
+from mtl_nb.experiments.speed import bench, conv_flops, published_head, race
 
 KEYS = {"part", "what", "unit", "ours", "theirs", "ratio", "note", "agree"}
 
