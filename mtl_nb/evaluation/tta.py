@@ -1,4 +1,4 @@
-"""Augmented views, quarter turns and peaks of the pictures of an exam, and features whitened by half: what a network that is already trained can still give.
+"""Views, 90° rotations, max-pooled features and whitening: accuracy without training.
 
 Docs: https://mtl-nb.github.io/mtl_nb/evaluation.tta.html.md"""
 
@@ -12,17 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..models.base_learner import BaseLearner
-from ..core import BadInput, require
-from ..data.bank import ImageBank
-from ..train.distributed import ALONE, Team
-from .exam import augmented_features, features
-from ..train.meta_train import MTL
-from ..models.resnet12 import ResNet12
+from ..core import require
 from ..data.augment import AugmentConfig
+from ..data.bank import ImageBank
+from .exam import augmented_features, features
+from ..models.base_learner import BaseLearner
+from ..models.resnet12 import ResNet12
+from ..train.distributed import ALONE, Team
+from ..train.meta_train import MTL
 
 # %% ../../nbs/23_evaluation.tta.ipynb #e488295b
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class TTAConfig:
             n = getattr(self, name)
             require(type(n) is int and 0 <= n <= 100, f"tta.{name} must be a whole number from 0 to 100, got {n}")
         for name in ("rotations", "max_pool", "whitening"):
-            require(type(getattr(self, name)) is bool, f"tta.{name} must be true or false, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            require(type(value) is bool, f"tta.{name} must be true or false, got {value!r}")
     @property
     def changes_features(self) -> bool: # is an image's feature more than `embed` of it once?
         return bool(self.views or self.rotations or self.max_pool or self.whitening)
@@ -46,7 +46,44 @@ class TTAConfig:
     def parts(self) -> int: # features that stand side by side
         return (4 if self.rotations else 1)*(2 if self.max_pool else 1)
 
-# %% ../../nbs/23_evaluation.tta.ipynb #b3574bf3
+# %% ../../nbs/23_evaluation.tta.ipynb #c683f14d
+def _side_by_side(parts): # [...,D] each -> [...,PD], on the average as long as one of them
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)/len(parts)**.5
+
+def _rotated(embed, k): # `embed` of images rotated by k times 90 degrees
+    if not k: return embed
+    return lambda x: embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))
+
+class _MaxPooled(nn.Module): # a model whose feature is the mean of each channel with its maximum beside it
+    def __init__(self, model):
+        super().__init__()
+        kind = type(model.backbone).__name__
+        require(isinstance(model.backbone, ResNet12),
+                f"tta.max_pool reads the last maps of a ResNet12, this model's backbone is a {kind}")
+        self.model = model
+    def embed(self, x): # [B,C,H,W] -> [B,2D], in one pass
+        maps = []
+        hook = self.model.backbone.blocks.register_forward_hook(lambda net, x, out: maps.append(out))
+        try: f = self.model.embed(x)
+        finally: hook.remove()
+        top = maps[0].amax((2, 3)).float()
+        return _side_by_side([f, f.norm(dim=1, keepdim=True)*F.normalize(top - top.mean(1, keepdim=True))])
+
+# %% ../../nbs/23_evaluation.tta.ipynb #d97c4991
+def _whitening(x, y): # float64 [n,D] features and their classes -> float32 [D,D]: within-class covariance to the -1/4
+    same = torch.stack([x[y == c].mean(0) for c in y.unique()])[torch.unique(y, return_inverse=True)[1]]
+    require((x - same).any(), "whitening learns from what differs within base classes, "
+            "and no two images of one class differ here")
+    spread = torch.cov((x - same).T)
+    values, axes = torch.linalg.eigh(.7*spread + .3*spread.trace()/len(spread)*torch.eye(len(spread)))
+    return (axes*values**-.25 @ axes.T).float()
+
+def _whitened(f, white): # [...,PD], [P,D,D] -> [...,PD], each of the P parts as long as before
+    f = f.unflatten(-1, (len(white), -1))
+    f = f.norm(dim=-1, keepdim=True)*F.normalize(torch.einsum("...pd,pde->...pe", f, white), dim=-1)
+    return f.flatten(-2)
+
+# %% ../../nbs/23_evaluation.tta.ipynb #eacbad09
 @dataclass(frozen=True)
 class TTA:
     "Test-time augmentation with what it needs: the augmentation, and the images that whitening learns from."
@@ -54,92 +91,66 @@ class TTA:
     augment:AugmentConfig|None=None # of copies and views
     base:ImageBank|None=field(default=None, repr=False, compare=False) # images of base classes, for `whitening`
     def __post_init__(self):
-        c = self.config
-        for name, n in (("support_copies", c.support_copies), ("views", c.views)):
-            require(not n or self.augment is not None,
+        for name in ("support_copies", "views"):
+            require(not getattr(self.config, name) or self.augment is not None,
                     f"tta.{name} are augmented, but no augmentation is given: set phase1.augment, or tta.{name}=0")
     def check(self,
-        bank:ImageBank, # the images of an exam
+        bank:ImageBank, # the images to evaluate on
     ) -> None: # raises `BadInput`
-        "Refuse images that cannot be augmented so."
+        "Reject images that cannot be augmented so."
         high, wide = bank.x.shape[2:]
         require(not self.config.rotations or high == wide, "only square images can be rotated by 90 degrees, "
                 f"these are {high} by {wide} pixels: set --size, or leave out tta.rotations")
         require(not self.config.max_pool or min(high, wide) >= 32, "tta.max_pool needs images of at least 32 pixels a "
                 f"side, so that the last feature maps have several places, these are {high} by {wide}: set --size, "
                 "or leave out tta.max_pool")
-
-# %% ../../nbs/23_evaluation.tta.ipynb #c683f14d
-def _beside(parts): # [...,D] each: one feature as long as before, on the average
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)/len(parts)**.5
-
-class _Peaks(nn.Module): # a method, with the peak of each channel beside its mean
-    def __init__(self, model):
-        super().__init__()
-        if not isinstance(model.backbone, ResNet12): raise BadInput(f"peaks are read from the last maps of a ResNet12, this model's backbone is a {type(model.backbone).__name__}")
-        self.model = model
-    def embed(self, x): # [B,C,H,W] -> [B,2D], in one pass
-        maps = []
-        hook = self.model.backbone.blocks.register_forward_hook(lambda net, x, out: maps.append(out))
-        try: f = self.model.embed(x)
-        finally: hook.remove()
-        peaks = maps[0].amax((2, 3)).float()
-        return _beside([f, f.norm(dim=1, keepdim=True)*F.normalize(peaks - peaks.mean(1, keepdim=True))])
-
-# %% ../../nbs/23_evaluation.tta.ipynb #d97c4991
-def _quarter(x, y): # float64 [n,D] features and their classes -> float32 [D,D], the power of -1/4 of what they vary by within their classes
-    same = torch.stack([x[y == c].mean(0) for c in y.unique()])[torch.unique(y, return_inverse=True)[1]]
-    if not (x - same).any(): raise BadInput("whitening learns from what differs within base classes, and no two pictures of one class differ here")
-    spread = torch.cov((x - same).T)
-    values, axes = torch.linalg.eigh(.7*spread + .3*spread.trace()/len(spread)*torch.eye(len(spread)))
-    return (axes*values**-.25 @ axes.T).float()
-
-def _shorten(f, white): # [...,PD], [P,D,D] -> [...,PD], each of the P parts as long as before
-    f = f.unflatten(-1, (len(white), -1))
-    return (f.norm(dim=-1, keepdim=True)*F.normalize(torch.einsum("...pd,pde->...pe", f, white), dim=-1)).flatten(-2)
-
-@patch
-def whitening_matrix(self:TTA,
-    model:MTL, # of any method that has one feature for each picture, in evaluation mode
-    team:Team=ALONE, # the processes that share the work
-) -> Tensor|None: # float32 [1,D,D], with `peaks` [2,D,D], one for the means and one for the peaks; None without `whiten`; raises `BadInput` when there are no pictures to learn from
-    "What whitening multiplies features by, learned from up to 100 pictures of each base class."
-    if not self.config.whitening: return None
-    if self.base is None: raise BadInput("whitening learns from pictures of base classes: in Python TTA(TTAConfig(whitening=True), base=bank)")
-    self.check(self.base)
-    bank, device = self.base.first(100), model.base.weight.device
-    f = features((_Peaks(model) if self.config.max_pool else model).embed, bank, device=device, team=team).cpu().double()
-    return torch.stack([_quarter(o, bank.y) for o in f.chunk(2 if self.config.max_pool else 1, -1)]).to(device)
-
-# %% ../../nbs/23_evaluation.tta.ipynb #eacbad09
-@patch
-def embed(self:TTA,
-    model:MTL, # of any method that has one feature for each picture, in evaluation mode
-    bank:ImageBank, # the pictures of an exam
-    team:Team=ALONE, # the processes that share the work
-    white:Tensor|None=None, # from `whitening_matrix` for this very model; None: made here, if there is to be one
-) -> tuple[Tensor,Tensor|None]: # float32 [n,PD] of P `parts`; and the same of the augmented_features, [c,n,PD], if there are any; raises `BadInput` for pictures that cannot be looked at so
-    "Every picture of a bank embedded, as many times as is asked for."
-    self.check(bank)
-    if white is None: white = self.whitening_matrix(model, team)
-    place, feats, more, done = dict(device=model.base.weight.device, team=team), [], [], lambda f: f if white is None else _shorten(f, white)
-    embed = _Peaks(model).embed if self.config.max_pool else model.embed
-    for k in range(4 if self.config.rotations else 1):
-        turn = (lambda x, k=k: embed(x.rot90(k, (2, 3)).contiguous(memory_format=torch.channels_last))) if k else embed
-        f = features(turn, bank, **place)
-        for v in range(self.config.views): f = f + augmented_features(turn, bank, 1, self.augment, 1000 + v, **place)[0]
-        if self.config.views: f = f/(1 + self.config.views) if model.centre is None else 4*F.normalize(f, dim=-1) # centred: of one length again
-        feats.append(done(f))
-        if self.config.support_copies: more.append(done(augmented_features(turn, bank, self.config.support_copies, self.augment, **place)))
-    return _beside(feats), _beside(more) if more else None
-
-# %% ../../nbs/23_evaluation.tta.ipynb #0acf726c
-@patch
-def widen_head(self:TTA,
-    base, # θ₀ in a `BaseLearner`, or any base that fits features of every length
-): # the same, for features as `embed` gives them
-    "The head's start for features side by side."
-    if self.config.parts == 1 or not isinstance(base, BaseLearner): return base
-    wide = BaseLearner(self.config.parts*base.weight.shape[1], len(base.weight), base.lr, base.steps, base.order).to(base.weight).requires_grad_(False)
-    wide.weight.copy_(base.weight.detach().repeat(1, self.config.parts)/self.config.parts**.5); wide.bias.copy_(base.bias.detach())
-    return wide
+    def whitening_matrix(self,
+        model:MTL, # of any method that has one feature for each image, in evaluation mode
+        team:Team=ALONE, # the processes that share the work
+        # float32 [1,D,D], with `max_pool` [2,D,D]: one for the means, one for the maxima; None without `whitening`
+    ) -> Tensor|None: # raises `BadInput` when there are no images to learn from
+        "What whitening multiplies features by, learned from up to 100 images of each base class."
+        if not self.config.whitening: return None
+        require(self.base is not None, "whitening learns from images of base classes: "
+                "in Python TTA(TTAConfig(whitening=True), base=bank)")
+        self.check(self.base)
+        bank, device = self.base.first(100), model.base.weight.device
+        f = features(self._embed(model), bank, device=device, team=team).cpu().double()
+        parts = f.chunk(2 if self.config.max_pool else 1, -1)
+        return torch.stack([_whitening(part, bank.y) for part in parts]).to(device)
+    def embed(self,
+        model:MTL, # of any method that has one feature for each image, in evaluation mode
+        bank:ImageBank, # the images to evaluate on
+        team:Team=ALONE, # the processes that share the work
+        white:Tensor|None=None, # from `whitening_matrix` for this very model; None: made here, if there is to be one
+        # float32 [n,PD] of P `parts`, and the same of the augmented copies, [c,n,PD], if there are any
+    ) -> tuple[Tensor,Tensor|None]: # raises `BadInput` for images that cannot be augmented so
+        "Every image of a bank embedded, as often as is asked for."
+        self.check(bank)
+        if white is None: white = self.whitening_matrix(model, team)
+        place, feats, copies = dict(device=model.base.weight.device, team=team), [], []
+        for k in range(4 if self.config.rotations else 1):
+            embed = _rotated(self._embed(model), k)
+            feats.append(self._average(embed, bank, model.centre is not None, place))
+            if self.config.support_copies:
+                copies.append(augmented_features(embed, bank, self.config.support_copies, self.augment, **place))
+        if white is not None: feats, copies = ([_whitened(f, white) for f in parts] for parts in (feats, copies))
+        return _side_by_side(feats), _side_by_side(copies) if copies else None
+    def widen_head(self,
+        base, # θ₀ in a `BaseLearner`, or any base that fits features of every length
+    ): # the same, for features as `embed` gives them
+        "The head's start for features side by side: its logits are the mean of those of the parts."
+        parts = self.config.parts
+        if parts == 1 or not isinstance(base, BaseLearner): return base
+        wide = BaseLearner(parts*base.weight.shape[1], len(base.weight), base.lr, base.steps, base.order)
+        wide = wide.to(base.weight).requires_grad_(False)
+        wide.weight.copy_(base.weight.detach().repeat(1, parts)/parts**.5)
+        wide.bias.copy_(base.bias.detach())
+        return wide
+    def _embed(self, model): return _MaxPooled(model).embed if self.config.max_pool else model.embed
+    def _average(self, embed, bank, centred, place): # of each image's own feature and those of its views
+        f = features(embed, bank, **place)
+        for v in range(self.config.views):
+            f = f + augmented_features(embed, bank, 1, self.augment, 1000 + v, **place)[0]
+        if not self.config.views: return f
+        return 4*F.normalize(f, dim=-1) if centred else f/(1 + self.config.views) # centred: of length 4 again
