@@ -6,7 +6,8 @@ Docs: https://mtl-nb.github.io/mtl_nb/experiments.config.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_TASKS', 'LEGACY', 'DRAWINGS', 'FULL', 'PRESETS', 'EVALUATION', 'PHASE1', 'ExperimentConfig', 'flatten', 'nest',
-           'preset', 'config_from_record', 'differing_fields', 'with_overrides', 'with_backbone', 'compute_matched']
+           'preset', 'explain', 'config_from_record', 'differing_fields', 'with_overrides', 'with_backbone',
+           'compute_matched']
 
 # %% ../../nbs/37_experiments.config.ipynb #b88c71a9
 import hashlib
@@ -234,6 +235,19 @@ def _known(cls=ExperimentConfig, prefix=""):
         if f.name in parts: out += _known(parts[f.name], f"{prefix}{f.name}.")
     return out
 
+_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
+          "object": "named values"}
+
+def explain(
+    error:msgspec.ValidationError, # of `msgspec.convert`
+) -> str: # such as "rows[0].way: expected a whole number, got null"
+    "A schema's error in plain words: where it is, what was expected, what was found."
+    what, _, where = str(error).partition(" - at `$")
+    what = re.sub("`([^`]*)`", lambda m: " or ".join(_KINDS.get(o, o) for o in m[1].split(" | ")), what)
+    what = what.replace("Object missing required field", "there is no entry")
+    where = where.rstrip("`").lstrip(".")
+    return (f"{where}: " if where else "") + what[0].lower() + what[1:]
+
 def _convert(record):
     "An `ExperimentConfig` from nested values; raises `BadInput` for an unknown name or a value of another kind."
     known = _known()
@@ -242,8 +256,7 @@ def _convert(record):
     try: return msgspec.convert(record, ExperimentConfig)
     except msgspec.ValidationError as e:
         if isinstance(e.__cause__, BadInput): raise e.__cause__ from None
-        what, _, where = str(e).partition(" - at `$.")
-        raise BadInput(f"{where.rstrip('`') or 'config'}: {what[0].lower()}{what[1:]}".replace("`", "")) from None
+        raise BadInput(explain(e)) from None
 
 def config_from_record(
     record:dict, # the `recipe` of a `results.json` or `recipe.json`

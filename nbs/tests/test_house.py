@@ -14,7 +14,7 @@ WIDTH, BODY = 120, 40
 # Functions that read best from top to bottom: their bodies may have up to 60 lines.
 LONG = {"pretrain", "meta_train", "run"}
 # Labels that are recorded, or ordinary uses of a word: what a finding's line must contain to be allowed.
-ALLOWED = ("head only, equal time",)
+ALLOWED = ("head only, equal time", "extras.generations", '"quarters"', '"peaks"')
 
 
 def words():
@@ -40,6 +40,7 @@ def code_findings(text):
     "What a piece of Python breaks, as (line, message)."
     lines = text.splitlines()
     for n, line in enumerate(lines, 1):
+        if re.match(r"__all__ = \[| {11}'", line): continue # written by nbdev
         if len(line) > WIDTH: yield n, f"{len(line)} characters wide"
     try: tree = ast.parse(text)
     except SyntaxError as e: yield e.lineno or 0, f"syntax: {e.msg}"; return
