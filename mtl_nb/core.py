@@ -1,4 +1,4 @@
-"""Errors in the user's words, files written whole.
+"""Errors in the user's words, and files that are always complete.
 
 Docs: https://mtl-nb.github.io/mtl_nb/core.html.md"""
 
@@ -8,7 +8,12 @@ Docs: https://mtl-nb.github.io/mtl_nb/core.html.md"""
 __all__ = ['BadInput', 'require', 'did_you_mean', 'discover', 'atomic_write', 'sha256', 'read_json']
 
 # %% ../nbs/81_core.ipynb #a0000003
-import hashlib, importlib, json, os, pkgutil, uuid
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import uuid
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,41 +24,44 @@ class BadInput(ValueError):
 
 # %% ../nbs/81_core.ipynb #a0000010
 def require(
-    ok:bool, # what must hold
+    ok:bool, # the condition that must hold
     message:str, # one line, in the user's words
-) -> None: # raises `BadInput`
+) -> None: # raises `BadInput` when `ok` is false
     "Input validation, one line a condition."
     if not ok: raise BadInput(message)
 
 # %% ../nbs/81_core.ipynb #a0000012
 def did_you_mean(
-    name:str, # what was given
-    choices, # the names there are
+    name:str, # the name that was given
+    choices, # the names that exist
     n:int=3, # suggestions at most
-    cutoff:float=.5, # how alike they must be, from 0 to 1
-) -> str: # " (did you mean a or b?)", or nothing
+    cutoff:float=.5, # how similar they must be, from 0 to 1
+) -> str: # " (did you mean a or b?)", or an empty string
     "A suggestion for a misspelt name, to go into an error message."
     near = get_close_matches(str(name).lower(), [str(o) for o in choices], n, cutoff)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 # %% ../nbs/81_core.ipynb #fb9b1bdd
 def discover(
-    package:str, # such as "mtl_nb.models"
+    package:str, # name of a package, such as "mtl_nb.models"
 ) -> None: # imports each of its modules once
-    "Import a package's modules, so that what they register is known."
-    for o in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
-        importlib.import_module(o.name)
+    "Import all modules of a package, so that what they register is known."
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(module.name)
 
 # %% ../nbs/81_core.ipynb #c46d6058
 def atomic_write(
-    path:Path, # where to
-    data:bytes, # what
-) -> None: # raises `BadInput` when the place cannot be written to
-    "Write a file under a temporary name, sync it, rename it: a reader sees the old file or the new one, never half of one."
+    path:Path, # the file to write
+    data:bytes, # its new content
+) -> None: # raises `BadInput` when the file cannot be written
+    "Write to a temporary name, sync, rename: a reader sees the old file or the new one, never a part of one."
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(tmp, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with open(tmp, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e: raise BadInput(f"cannot write {path}: {e.strerror or e}") from None
     finally:
@@ -62,16 +70,16 @@ def atomic_write(
 # %% ../nbs/81_core.ipynb #95404120
 def sha256(
     path:Path, # a file
-) -> str: # hexadecimal
-    "A file's SHA-256, by which other files refer to it."
+) -> str: # 64 hexadecimal digits
+    "The SHA-256 of a file, by which other files refer to it."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/81_core.ipynb #9f744659
 def read_json(
-    path:Path, # a file that `RunFolder` or a run has written
-) -> dict:
-    "A JSON object from a file; one that is missing, damaged or no object is refused with `BadInput`."
+    path:Path, # a file that a run has written
+) -> dict: # raises `BadInput` when it is missing, damaged or no JSON object
+    "A JSON object from a file."
     try: out = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): raise BadInput(f"{path} is missing or damaged") from None
-    if not isinstance(out, dict): raise BadInput(f"{path} is not what a run writes")
+    require(isinstance(out, dict), f"{path} is not what a run writes")
     return out
