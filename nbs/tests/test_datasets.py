@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR100, Omniglot
 from torchvision.datasets import utils as tv
 
-from mtl_nb.data.datasets import SUPERCLASSES, cifar_fs, fc100, load_data, mini_imagenet, omniglot, split_table
+from mtl_nb.data.datasets import DATASETS, SUPERCLASSES, cifar_fs, fc100, load_data, mini_imagenet, omniglot, split_table
 from mtl_nb.core import BadInput
 from mtl_nb.data.folders import folder_splits
 
