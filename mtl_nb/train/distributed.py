@@ -19,36 +19,40 @@ from math import inf
 
 import torch
 import torch.distributed as dist
-from fastcore.basics import patch
 from torch import Tensor
 
+from ..core import BadInput, require
+
 # %% ../../nbs/26_train.distributed.ipynb #9f3225e4
-def _number(
+def _from_environment(
     name:str, # of an environment variable that `torchrun` sets
-    usual:int, # when it is not set
-) -> int: # raises `ValueError`, in words
-    "What `torchrun` says to this process."
-    text = os.environ.get(name, str(usual))
-    if not text.isascii() or not text.isdigit(): raise ValueError(f"the environment variable {name} is '{text}', not a whole number: start several processes with torchrun, or unset it")
+    default:int, # when it is not set
+) -> int: # raises `BadInput` when it is no whole number
+    "A number that `torchrun` gives to each of its processes."
+    text = os.environ.get(name, str(default))
+    require(text.isascii() and text.isdigit(), f"the environment variable {name} is '{text}', not a whole number: "
+            "start several processes with torchrun, or unset it")
     return int(text)
 
 def pick_device(
     name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
-) -> torch.device: # raises `ValueError`, in words, when it is unknown or not here
-    "The device to compute on: the one that is named, or the best that is here; of several processes started by `torchrun`, each takes its own GPU."
-    n, local = torch.cuda.device_count() if torch.cuda.is_available() else 0, _number("LOCAL_RANK", 0)
-    here = [torch.device("cuda", i) for i in range(n)]
+) -> torch.device: # raises `BadInput` when it is unknown or not here
+    "The device of that name, or the best one here; of several processes, each gets its own GPU."
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rank, processes = _from_environment("LOCAL_RANK", 0), _from_environment("LOCAL_WORLD_SIZE", 1)
+    here = [torch.device("cuda", i) for i in range(gpus)]
     if torch.backends.mps.is_available(): here.append(torch.device("mps", 0))
     here.append(torch.device("cpu"))
-    if name in ("auto", "cuda") and 0 < n < (beside := _number("LOCAL_WORLD_SIZE", 1)):
-        raise ValueError(f"{beside} processes on a runtime with {n} GPU{'s'*(n > 1)}: start no more than that, or compute on the cpu")
-    if name in ("auto", "cuda") and n > 1 and local: name = f"cuda:{local}"
+    if name in ("auto", "cuda") and gpus:
+        require(processes <= gpus, f"{processes} processes on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: "
+                "start no more than that, or compute on the cpu")
+        if gpus > 1 and rank: name = f"cuda:{rank}"
     if name == "auto": return here[0]
     try: asked = torch.device(name)
-    except RuntimeError: raise ValueError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+    except RuntimeError: raise BadInput(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
     for device in here:
         if (device.type, device.index or 0) == (asked.type, asked.index or 0): return device
-    raise ValueError(f"device '{name}' is not here: this runtime has {', '.join(map(str, here))}")
+    raise BadInput(f"device '{name}' is not here: this machine has {', '.join(map(str, here))}")
 
 # %% ../../nbs/26_train.distributed.ipynb #f988d513
 def autocast(
@@ -60,8 +64,8 @@ def autocast(
 # %% ../../nbs/26_train.distributed.ipynb #c97959d6
 @dataclass(frozen=True)
 class Team:
-    "The processes that work on one run. Alone, every method hands back what it was given."
-    rank:int=0 # which one this is
+    "The processes that work on one run. In a team of one, every method returns what it was given."
+    rank:int=0 # which process this is
     size:int=1 # how many there are
     def shard(self,
         n:int, # length of a list that all processes know
@@ -71,138 +75,145 @@ class Team:
     def all_reduce(self,
         tensors:list[Tensor], # of the same shapes in every process; summed in place
     ) -> None:
-        "Add up over all processes, in one message."
+        "Sum over all processes, in one message."
         if self.size == 1 or not tensors: return
-        flat = torch.all_gather([t.reshape(-1).to(tensors[0].dtype) for t in tensors])
+        flat = torch.cat([t.reshape(-1).to(tensors[0].dtype) for t in tensors])
         dist.all_reduce(flat)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
+    def all_gather(self,
+        x:Tensor, # [shard of n,...] this process's part
+        n:int, # length of the whole
+    ) -> Tensor: # [n,...] on the same device
+        "Concatenate the parts of all processes, in the order of ranks."
+        if self.size == 1: return x
+        shards = [Team(rank, self.size).shard(n) for rank in range(self.size)]
+        sizes = [s.stop - s.start for s in shards]
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[:len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+    def all_gather_object(self,
+        x:object, # what this process has to say
+    ) -> list: # what each has to say, in the order of ranks
+        "Exchange small objects; no process goes on before all have sent theirs."
+        gathered = [x]*self.size
+        if self.size > 1: dist.all_gather_object(gathered, x)
+        return gathered
+    def broadcast(self,
+        make:Callable[[],object], # called by rank 0 alone
+    ) -> object: # what it returned there, for every process; if it raised, every process raises the same
+        "Let rank 0 do something, and send the result to all."
+        if self.size == 1: return make()
+        result = [None]
+        if self.rank == 0:
+            try: result = [(make(), None)]
+            except Exception as e: result = [(None, e)]
+        dist.broadcast_object_list(result, 0)
+        value, error = result[0]
+        if error is not None: raise error
+        return value
+    def in_turn(self,
+        load:Callable[[],object], # reads the data
+    ) -> object: # what it returned here; if it raised in any process, every process raises that
+        "One process of each machine goes first, then its others."
+        out = None
+        for first in (True, False):
+            error = None
+            if (os.environ.get("LOCAL_RANK", "0") == "0") is first:
+                try: out = load()
+                except Exception as e: error = e
+            for rank, e in enumerate(self.all_gather_object(error)): # also waits for every process
+                if e is not None and self.size > 1: e.args = (f"process {rank}: {e}",)
+                if e is not None: raise e
+        return out
 
 ALONE = Team()
-
-# %% ../../nbs/26_train.distributed.ipynb #eceafbde
-@patch
-def all_gather_object(self:Team,
-    x:object, # this process's word
-) -> list: # everybody's, in the order of ranks
-    "Hear what everybody has to say; nobody goes on before all have spoken."
-    said = [x]*self.size
-    if self.size > 1: dist.all_gather_object(said, x)
-    return said
-
-# %% ../../nbs/26_train.distributed.ipynb #51a0ad07
-@patch
-def all_gather(self:Team,
-    x:Tensor, # [share of n,...] this process's part
-    n:int, # length of the whole
-) -> Tensor: # [n,...] on the same device
-    "Join everybody's part in the order of ranks."
-    if self.size == 1: return x
-    sizes = [s.stop - s.start for s in (Team(r, self.size).shard(n) for r in range(self.size))]
-    mine = x.new_zeros(max(sizes), *x.shape[1:])
-    mine[:len(x)] = x
-    parts = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(parts, mine)
-    return torch.all_gather([p[:m] for p, m in zip(parts, sizes)])
-
-# %% ../../nbs/26_train.distributed.ipynb #458b08de
-@patch
-def broadcast(self:Team,
-    make:Callable[[],object], # called by rank 0 alone
-) -> object: # what it gave back there, for every process; if it raised, every process raises the same
-    "Let rank 0 do it, and tell the others what came of it."
-    if self.size == 1: return make()
-    said = [None]
-    if self.rank == 0:
-        try: said = [(make(), None)]
-        except Exception as e: said = [(None, e)]
-    dist.broadcast_object_list(said, 0)
-    if said[0][1] is not None: raise said[0][1]
-    return said[0][0]
 
 # %% ../../nbs/26_train.distributed.ipynb #b993ccce
 def join(
     device:torch.device, # where this process computes
-    hours:float=2., # after which a process that hears nothing gives up
-) -> Team: # raises `ValueError` when PyTorch was built without the means, or the processes were not started as they should be
-    "The team that `torchrun` has started; a process on its own is alone."
-    if (size := _number("WORLD_SIZE", 1)) <= 1: return ALONE
-    if lost := [o for o in ("RANK", "MASTER_ADDR", "MASTER_PORT") if o not in os.environ]:
-        raise ValueError(f"WORLD_SIZE says {size} processes, but {' and '.join(lost)} {'are' if len(lost) > 1 else 'is'} not set: start them with torchrun, or unset WORLD_SIZE")
-    if _number("RANK", 0) >= size: raise ValueError(f"RANK is {os.environ['RANK']}, with {size} processes it can be no more than {size - 1}: start them with torchrun")
-    if not dist.is_available(): raise ValueError("this PyTorch was built without torch.distributed: run one process")
+    hours:float=2., # after which a process that receives no answer gives up
+) -> Team: # raises `BadInput` when the processes were not started as they should be
+    "The team that `torchrun` has started; a process that was started by itself is a team of one."
+    size = _from_environment("WORLD_SIZE", 1)
+    if size <= 1: return ALONE
+    missing = [o for o in ("RANK", "MASTER_ADDR", "MASTER_PORT") if o not in os.environ]
+    require(not missing, f"WORLD_SIZE is {size}, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} "
+            "not set: start the processes with torchrun, or unset WORLD_SIZE")
+    rank = _from_environment("RANK", 0)
+    require(rank < size,
+            f"RANK is {rank}, but with {size} processes it is {size - 1} at most: start them with torchrun")
+    require(dist.is_available(), "this PyTorch was built without torch.distributed: run one process")
     if not dist.is_initialized():
         if device.type == "cuda": torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=hours))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=hours))
     return Team(dist.get_rank(), dist.get_world_size())
-
-# %% ../../nbs/26_train.distributed.ipynb #2420da7f
-@patch
-def in_turn(self:Team,
-    load:Callable[[],object], # reads the data
-) -> object: # what it gave back here; if it raised anywhere, every process raises that
-    "One process of each runtime goes first, then the others."
-    for turn in (True, False):
-        wrong = None
-        if (os.environ.get("LOCAL_RANK", "0") == "0") is turn:
-            try: out = load()
-            except Exception as e: wrong = e
-        for rank, e in enumerate(self.all_gather_object(wrong)): # everybody waits for everybody, and hears what went wrong elsewhere
-            if e is not None and self.size > 1: e.args = (f"process {rank}: {e}",)
-            if e is not None: raise e
-    return out
 
 # %% ../../nbs/26_train.distributed.ipynb #56969b3d
 def leave() -> None:
-    "End what `join` began, where it began something."
+    "End what `join` began, if it began something."
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/26_train.distributed.ipynb #0e434f76
+def _say(text, first): # to stderr
+    if first: print(f"mtl_nb: {text}", file=sys.stderr)
+
 def run_command(
     command:Callable[[],None], # what to do
     refused:type[Exception], # what is raised when the user can put it right
     go_on:str="", # after a stop: how to go on
 ) -> int: # the exit code: 0, or 2 for what the user can put right, 130 when stopped
-    "Do it; say in one line what cannot be done. Of several processes only the first speaks."
+    "Run a command; report bad input in one line. Of several processes only the first prints."
     first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-    say = lambda text: print(f"mtl_nb: {text}", file=sys.stderr) if first else None
+    code = 0
     try:
         with ExitStack() as muted:
             if not first:
                 nowhere = muted.enter_context(open(os.devnull, "w"))
                 for o in (redirect_stdout, redirect_stderr): muted.enter_context(o(nowhere))
             command()
-    except refused as e: say(e); code = 2
-    except KeyboardInterrupt: say("stopped" + (go_on and f"; {go_on}")); return 130
-    else: code = 0
+    except refused as e:
+        _say(e, first)
+        code = 2
+    except KeyboardInterrupt:
+        _say("stopped" + (go_on and f"; {go_on}"), first)
+        return 130
     leave()
     return code
 
 # %% ../../nbs/26_train.distributed.ipynb #d483af11
-class DeadlineReached(Exception): "The runtime's time is over. No mistake: what was kept is on disk, and the same work goes on from there."
+class DeadlineReached(Exception):
+    "The time is over. This is no error: the state is saved, and the same command goes on from there."
 
 @dataclass(frozen=True)
 class Runtime:
-    "Where and how to compute. Nothing here decides a result, up to rounding; how a batch is shared out for batch norm is a matter of the recipe."
+    "Where and how to compute. Nothing here changes a result beyond rounding."
     device:torch.device=torch.device("cpu") # of this process
     team:Team=ALONE # the processes that share the work
-    tasks_at_once:int=0 # phase 2: tasks that go through the network together; 0: one on a CPU, whose cache is small, all of a step elsewhere
+    tasks_at_once:int=0 # phase 2: tasks that go through the network together; 0: one on a CPU, else all of a step
     compiled:bool=False # let `torch.compile` fuse the network's operations
     deadline:float=inf # the moment, as `time.time()` counts, from which `check_deadline` stops the work
-    checkpoint_seconds:float=0. # seconds between two states that are kept on the way, where keeping one takes as long as an epoch; 0: each that could be
+    checkpoint_seconds:float=0. # least time between two checkpoints of a phase, in seconds; 0: save whenever possible
     def compile(self,
         model:torch.nn.Module, # in training, images of one shape
     ) -> Callable|None: # what to call in its place; None: the model itself
-        "The compiled model, where that is asked for."
+        "The compiled model, if `compiled` is set."
         return torch.compile(model) if self.compiled else None
-    def check_deadline(self) -> None: # raises `DeadlineReached`, in all processes at once, when the moment has passed
-        "Look at the clock: called where everything worth keeping has just been kept."
-        if self.deadline < inf and self.team.broadcast(lambda: time.time() >= self.deadline): raise DeadlineReached("time is up")
+    def check_deadline(self) -> None: # raises `DeadlineReached`, in all processes at once
+        "Stop if the deadline has passed. Called right after a checkpoint."
+        if self.deadline == inf: return
+        if self.team.broadcast(lambda: time.time() >= self.deadline): raise DeadlineReached("time is up")
     def should_checkpoint(self,
-        since:float, # when a state was last kept, as `time.time()` counts
+        since:float, # when the last checkpoint was written, as `time.time()` counts
     ) -> bool: # the same in all processes
-        "Is it time to keep one again?"
-        return self.checkpoint_seconds == 0 or self.team.broadcast(lambda: time.time() >= min(since + self.checkpoint_seconds, self.deadline))
+        "Is it time for another checkpoint?"
+        if self.checkpoint_seconds == 0: return True
+        return self.team.broadcast(lambda: time.time() >= min(since + self.checkpoint_seconds, self.deadline))
     def __str__(self): # for the record of a run
-        d = self.device
-        one = torch.cuda.get_device_name(d) if d.type == "cuda" else f"{d.type}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}"
-        return f"{self.team.size} x {one}" if self.team.size > 1 else one
+        if self.device.type == "cuda": name = torch.cuda.get_device_name(self.device)
+        else:
+            threads = torch.get_num_threads()
+            name = f"{self.device.type}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{self.team.size} x {name}" if self.team.size > 1 else name

@@ -10,62 +10,77 @@ __all__ = ['MTL', 'MetaTrainConfig', 'meta_state', 'meta_train']
 # %% ../../nbs/09_train.meta_train.ipynb #e4130b38
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import require
+from ..data.augment import AugmentConfig, draw_augment
+from ..data.bank import ImageBank, send
+from ..data.episodes import TaskSampler, TaskShape
 from ..models.base_learner import BaseLearner
 from .checkpoints import TrainState
-from ..core import BadInput
-from ..data.bank import ImageBank, send
-from ..data.augment import AugmentConfig, draw_augment
 from .distributed import ALONE, Team, autocast
-from ..data.episodes import TaskSampler, TaskShape
 
 # %% ../../nbs/09_train.meta_train.ipynb #e5a97fb5
 class MTL(nn.Module):
     "A frozen backbone with its scales and shifts, and the base learner on top."
     def __init__(self,
-        backbone:nn.Module, # [B,C,H,W] -> [B,D], from `scale_shift`, or any other with the parameters to train left trainable
+        backbone:nn.Module, # [B,C,H,W] -> [B,D]: from `scale_shift`, or any other; what has `requires_grad` is trained
         base:BaseLearner, # the inner loop with θ₀
-        centre:Tensor|None=None, # [D] mean feature of the base classes; given: features are centred on it and brought to length 4
+        centre:Tensor|None=None, # [D] mean base feature; given: features are centred on it and brought to length 4
     ):
         super().__init__()
         self.backbone, self.base = backbone, base
         self.register_buffer("centre", centre)
         self.eval()
-    def train(self, mode:bool=True): # the backbone never leaves evaluation mode: its batch-norm statistics stay frozen
-        super().train(mode); self.backbone.eval()
+    def train(self, mode:bool=True):
+        "The backbone stays in evaluation mode: its batch-norm statistics are frozen."
+        super().train(mode)
+        self.backbone.eval()
         return self
     def embed(self,
         x:Tensor, # [B,C,H,W] normalised images
     ) -> Tensor: # float32 [B,D] features
+        "One feature vector for each image."
         f = self.backbone(x).float()
         return f if self.centre is None else 4*F.normalize(f - self.centre)
     def forward(self,
         images:Tensor, # [E,N,K+Q,C,H,W] normalised images of E tasks
         shape:TaskShape, # N, K and Q
     ) -> Tensor: # [E,N*Q,N] query logits of the adapted heads
-        labels = send(shape.labels(shape.k_shot), images.device).expand(len(images), -1) # first: a GPU need not be waited for
+        "Adapt a head to each task's support images, and classify its query images."
+        # Labels are sent first: then a GPU need not be waited for.
+        labels = send(shape.labels(shape.k_shot), images.device).expand(len(images), -1)
         x = images.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         with autocast(x.device): f = self.embed(x)
         f = f.unflatten(0, images.shape[:3])
-        return self.base(f[:, :, :shape.k_shot].flatten(1, 2), labels, f[:, :, shape.k_shot:].flatten(1, 2))
+        support, query = f[:, :, :shape.k_shot].flatten(1, 2), f[:, :, shape.k_shot:].flatten(1, 2)
+        return self.base(support, labels, query)
 
 # %% ../../nbs/09_train.meta_train.ipynb #c46d13ec
 @dataclass(frozen=True)
 class MetaTrainConfig:
-    "Phase 2, as data."
+    "The settings of phase 2."
     tasks:int=8000 # budget: tasks to train on, random and hard alike
     batch:int=2 # E, tasks a step
     lr:float=1e-3 # γ of Φ
     head_lr:float=1e-3 # γ of θ₀
-    halve:int=2000 # both are halved every so many tasks,
-    floor:float=0.1 # down to this fraction
+    halve:int=2000 # tasks after which both rates are halved
+    floor:float=0.1 # fraction of the rates below which they are not halved further
     augment:AugmentConfig|None=None # of support and query images alike
     seed:int=0 # of augmentation
+    def __post_init__(self):
+        require(self.tasks >= 1, f"phase2: tasks must be at least 1, got {self.tasks}")
+        require(self.batch >= 1, f"phase2: batch must be at least 1, got {self.batch}")
+        require(0 <= self.lr < inf, f"phase2: lr must not be negative, got {self.lr}")
+        require(0 <= self.head_lr < inf, f"phase2: head_lr must not be negative, got {self.head_lr}")
+        require(self.halve >= 1, f"phase2: halve must be at least 1, got {self.halve}")
+        require(0 <= self.floor <= 1, f"phase2: floor must be from 0 to 1, got {self.floor}")
+        require(self.augment is None or callable(self.augment),
+                f"phase2: augment must be an AugmentConfig or None, got {self.augment}")
 
 # %% ../../nbs/09_train.meta_train.ipynb #ae7d6ddd
 def meta_state(
@@ -79,39 +94,57 @@ def meta_state(
     return TrainState(model, torch.optim.Adam(groups), torch.Generator().manual_seed(cfg.seed))
 
 # %% ../../nbs/09_train.meta_train.ipynb #68c766e6
+def _augment(images, cfg, g, tasks, n_tasks):
+    "Augment the images of some tasks of a batch as they are augmented in the whole batch; `g` stays as it is."
+    if cfg.augment is None: return images
+    copy, each = torch.Generator(), images[0, ..., 0, 0, 0].numel() # images of a task
+    copy.set_state(g.get_state())
+    x = cfg.augment(images.flatten(0, 2), copy, (int(tasks[0])*each, n_tasks*each))
+    return x.unflatten(0, images.shape[:3])
+
+def _tasks_backward(forward, images, labels, shape, weight):
+    "Forward and backward for some tasks: their weighted mean loss, and the accuracy of each class of each task."
+    logits = forward(images, shape)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(images)))*weight
+    loss.backward()
+    right = (logits.detach().argmax(-1) == labels).float()
+    return loss.detach(), right.unflatten(1, (shape.n_way, -1)).mean(-1)
+
 def meta_train(
     state:TrainState, # from `meta_state`, or with a saved one loaded into it; `done` counts tasks
-    tasks:TaskSampler, # where meta-batches come from; told after each how it went
-    bank:ImageBank, # the base classes; where the model is, or elsewhere
+    tasks:TaskSampler, # gives the meta-batches; receives the accuracy of each class after each of them
+    bank:ImageBank, # the base classes; on the model's device, or elsewhere
     cfg:MetaTrainConfig,
-    tasks_at_once:int=0, # tasks that go through the network together, where memory is short; 0: the whole batch. The numbers are the same
+    tasks_at_once:int=0, # tasks that go through the network together, when memory is short; 0: all of a step
     team:Team=ALONE, # the processes that share every batch
     call:Callable|None=None, # stands in for the model, such as `torch.compile(state.model)`
 ) -> Iterator[dict]: # a record a step: tasks, loss, accuracy, hard, and accuracy of each class of each task
-    "The outer loop: adapt θ on each task's support set, minimise the mean query loss over Φ and θ₀; raises `BadInput` if the loss is no longer finite."
-    model, shape, params = state.model.train(), tasks.shape, [p for group in state.opt.param_groups for p in group["params"]]
-    device, forward = params[0].device, model if call is None else call
-    yq = shape.labels(shape.n_query).to(device)
+    "The outer loop: adapt θ on the support sets, minimise the query loss. Raises `BadInput` if it becomes NaN."
+    model, shape = state.model.train(), tasks.shape
+    forward = model if call is None else call
+    params = [p for group in state.opt.param_groups for p in group["params"]]
+    labels = shape.labels(shape.n_query).to(params[0].device)
     while state.done < cfg.tasks:
         idx = next(tasks)[:cfg.tasks - state.done]
-        mine, seats, loss, right = team.shard(len(idx)), idx[0].numel(), yq.new_zeros((), dtype=torch.float32), [yq.new_zeros(0, shape.n_way, dtype=torch.float32)]
         for p in params: p.grad = torch.zeros_like(p) if team.size > 1 and p.requires_grad else None
-        for part in torch.arange(len(idx))[mine].split(tasks_at_once or len(idx)) if mine.stop > mine.start else ():
-            images, g = bank.take(idx[part]).to(device), torch.Generator()
-            g.set_state(state.g.get_state()) # every part rolls the dice of the whole batch
-            if cfg.augment is not None: images = cfg.augment(images.flatten(0, 2), g, (int(part[0])*seats, len(idx)*seats)).unflatten(0, (len(part), *idx.shape[1:]))
-            logits = forward(images, shape)
-            some = F.cross_entropy(logits.flatten(0, 1), yq.repeat(len(part)))*(len(part)/len(idx))
-            some.backward()
-            loss += some.detach()
-            right.append((logits.detach().argmax(-1) == yq).float().unflatten(1, (shape.n_way, -1)).mean(-1))
-        if cfg.augment is not None: draw_augment(len(idx)*seats, state.g)
+        loss = labels.new_zeros((), dtype=torch.float32)
+        right = [labels.new_zeros(0, shape.n_way, dtype=torch.float32)]
+        mine = torch.arange(len(idx))[team.shard(len(idx))]
+        for part in mine.split(tasks_at_once or len(idx)) if len(mine) else ():
+            images = _augment(bank.take(idx[part]).to(labels.device), cfg, state.g, part, len(idx))
+            part_loss, part_right = _tasks_backward(forward, images, labels, shape, len(part)/len(idx))
+            loss += part_loss
+            right.append(part_right)
+        if cfg.augment is not None: draw_augment(idx.numel(), state.g) # the generator goes on, whatever the parts
         team.all_reduce([loss, *(p.grad for p in params if p.grad is not None)])
-        for group in state.opt.param_groups: group["lr"] = group["start"]*max(cfg.floor, 0.5**(state.done//cfg.halve))
-        right = team.all_gather(torch.cat(right), len(idx)).cpu()
-        tasks.feedback(bank.y[idx[:, :, 0]], right)
-        if not isfinite(loss := loss.item()): raise BadInput(f"phase 2: the loss is no longer a finite number after {state.done} tasks: lower the outer or inner learning rate")
+        rate = max(cfg.floor, 0.5**(state.done//cfg.halve))
+        for group in state.opt.param_groups: group["lr"] = group["start"]*rate
+        by_class = team.all_gather(torch.cat(right), len(idx)).cpu()
+        tasks.feedback(bank.y[idx[:, :, 0]], by_class)
+        loss = loss.item()
+        require(isfinite(loss), f"phase 2: the loss is no longer a finite number after {state.done} tasks: "
+                "lower the outer or inner learning rate")
         state.opt.step()
         state.done += len(idx)
-        yield dict(tasks=state.done, loss=loss, accuracy=right.mean().item(), hard=tasks.hard, by_class=right)
+        yield dict(tasks=state.done, loss=loss, accuracy=by_class.mean().item(), hard=tasks.hard, by_class=by_class)
     model.eval()

@@ -1,4 +1,4 @@
-"""Turned pictures, mixed pictures, holes, angles and a second generation: what the best of the field add to phase 1, a few lines each.
+"""Rotation prediction, mixup, DropBlock, a cosine classifier and self-distillation, a few lines each.
 
 Docs: https://mtl-nb.github.io/mtl_nb/train.objectives.html.md"""
 
@@ -10,39 +10,45 @@ __all__ = ['ObjectiveConfig', 'rotate_some', 'mix_images', 'DropBlock', 'use_dro
 # %% ../../nbs/36_train.objectives.ipynb #7b4f9c6b
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import BadInput
+from ..core import require
 from .distributed import autocast
-from .pretrain import PretrainConfig
 
 # %% ../../nbs/36_train.objectives.ipynb #b5a58ba8
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    "What phase 1 is given beyond cross-entropy; the defaults are: nothing."
-    rotation:float=0. # share of the images shown rotate_some, by one, two or three quarters, to a second head that names the turn
-    mixup:float=0. # α of the Beta(α, α) that says in what proportions two images are mix_images; 0: none are
-    dropblock:int=0 # side, in positions, of the squares that DropBlock leaves out in the last two blocks, at the network's rate of dropout; 0: single numbers are dropped
-    cosine:bool=False # does the base head score by the angle between feature and class?
-    rounds:int=1 # networks trained one after the other, each from scratch, each taught by the one before
-    distill:float=0.5 # from the second on: how much of the loss is agreement with the teacher
-    temperature:float=4. # by which teacher's and pupil's logits are divided for that
+    "What phase 1 minimises beyond cross-entropy; by default nothing."
+    rotation:float=0. # fraction of the images rotated by 90°, 180° or 270°; a second head predicts the rotation
+    mixup:float=0. # α of the Beta(α, α) from which the proportion of two mixed images is drawn; 0: none are mixed
+    dropblock:int=0 # side of the squares that DropBlock drops in the last two blocks, at the rate of dropout; 0: none
+    cosine:bool=False # does the base head score by the cosine between feature and class?
+    rounds:int=1 # networks trained one after the other, each from scratch, each with the one before as its teacher
+    distill:float=0.5 # from the second round on: weight of the agreement with the teacher in the loss
+    temperature:float=4. # divides the logits of teacher and student before they are compared
     def __post_init__(self):
-        for name, ok, wants in (("rotation", 0 <= self.rotation <= 1, "between 0 and 1"), ("mixup", self.mixup == 0 or .01 <= self.mixup <= 100, "0, or between 0.01 and 100"), ("dropblock", self.dropblock >= 0, "0 or more"),
-            ("rounds", self.rounds >= 1, "at least 1"), ("distill", 0 <= self.distill <= 1, "between 0 and 1"), ("temperature", 0 < self.temperature <= 1000, "above 0, and at most 1000")):
-            if not ok: raise BadInput(f"phase 1: {name} must be {wants}, got {getattr(self, name)}")
+        require(0 <= self.rotation <= 1, f"objective: rotation must be from 0 to 1, got {self.rotation}")
+        require(self.mixup == 0 or .01 <= self.mixup <= 100,
+                f"objective: mixup must be 0, or from 0.01 to 100, got {self.mixup}")
+        require(self.dropblock >= 0, f"objective: dropblock must be 0 or more, got {self.dropblock}")
+        require(self.rounds >= 1, f"objective: rounds must be at least 1, got {self.rounds}")
+        require(0 <= self.distill <= 1, f"objective: distill must be from 0 to 1, got {self.distill}")
+        require(0 < self.temperature <= 1000,
+                f"objective: temperature must be above 0, and at most 1000, got {self.temperature}")
 
 # %% ../../nbs/36_train.objectives.ipynb #f6e54d72
 def rotate_some(
     x:Tensor, # [B,C,S,S] square images
-    share:float, # of the images that are rotate_some
+    share:float, # fraction of the images to rotate
     g:torch.Generator, # a CPU generator
-) -> tuple[Tensor,Tensor]: # the images, and int64 [B] by how many quarters each is rotate_some; raises `BadInput` when they are not square
-    "Turn some of the images by one, two or three quarters."
-    if x.shape[2] != x.shape[3]: raise BadInput(f"only square images can be rotate_some by a quarter, these are {x.shape[2]} by {x.shape[3]} pixels")
+) -> tuple[Tensor,Tensor]: # the images, and int64 [B] by how many times 90° each is rotated
+    "Rotate some of the images by 90°, 180° or 270°. Raises `BadInput` when they are not square."
+    require(x.shape[2] == x.shape[3],
+            f"only square images can be rotated by 90°, these are {x.shape[2]} by {x.shape[3]} pixels")
     r = torch.randint(1, 4, (len(x),), generator=g)*(torch.rand(len(x), generator=g) < share)
     out = x.clone()
     for k in (1, 2, 3):
@@ -65,11 +71,13 @@ def mix_images(
 
 # %% ../../nbs/36_train.objectives.ipynb #72867372
 class DropBlock(nn.Module):
-    "Leave out squares of a map of features, in training."
+    "Dropout of square regions of a feature map, in training."
     def __init__(self,
-        p:float, # share of the map that is left out, about
+        p:float, # fraction of the map that is left out, about
         side:int, # of a square, in positions
-    ): super().__init__(); self.p, self.side = p, side
+    ):
+        super().__init__()
+        self.p, self.side = p, side
     def forward(self,
         x:Tensor, # [B,C,H,W]
     ) -> Tensor: # [B,C,H,W]
@@ -80,43 +88,57 @@ class DropBlock(nn.Module):
 def use_dropblock(
     net:nn.Module, # a `ResNet12` with dropout; changed in place
     side:int, # of a square; 0: nothing is changed
-) -> nn.Module: # the same network; raises `BadInput` when it has no dropout
-    "Put `DropBlock` in the place of dropout in the last two blocks."
-    if side and not net.blocks[0].dropout.p: raise BadInput("DropBlock works at the network's rate of dropout, and that is 0: give the recipe a `drop`")
-    for block in net.blocks[2:] if side else (): block.dropout = DropBlock(block.dropout.p, side)
+) -> nn.Module: # the same network
+    "Replace dropout by `DropBlock` in the last two blocks. Raises `BadInput` when the network has no dropout."
+    if not side: return net
+    require(hasattr(net, "blocks") and hasattr(net.blocks[0], "dropout"),
+            "DropBlock replaces the dropout of ResNet-12's blocks: this backbone has none")
+    require(net.blocks[0].dropout.p > 0, "DropBlock works at the rate of dropout, and that is 0: set dropout, too")
+    for block in net.blocks[2:]: block.dropout = DropBlock(block.dropout.p, side)
     return net
 
 # %% ../../nbs/36_train.objectives.ipynb #cf2b9ec0
 def distillation_loss(
-    logits:Tensor, # [B,n] the pupil's
-    teacher:Tensor, # [B,n] the teacher's
+    logits:Tensor, # [B,n] of the student
+    teacher:Tensor, # [B,n] of the teacher
     temperature:float=4., # T
 ) -> Tensor: # [] T² times the mean divergence; 0 where both agree
-    "How far the pupil's softened opinions are from the teacher's."
+    "The Kullback-Leibler divergence of the student's softened predictions from the teacher's."
     p, q = (F.log_softmax(o/temperature, -1) for o in (logits, teacher))
     return temperature**2*F.kl_div(p, q, log_target=True, reduction="batchmean")
 
 # %% ../../nbs/36_train.objectives.ipynb #5dae2acb
+def _label_loss(out, y, r, n_classes, cfg):
+    "Cross-entropy of outputs [B,n_classes(+4)] against classes `y` and, if there are any, rotations `r`."
+    loss = F.cross_entropy(out[:, :n_classes], y, label_smoothing=cfg.smoothing)
+    return loss if r is None else loss + F.cross_entropy(out[:, n_classes:], r)
+
+def _teacher_loss(out, x, n_classes, teacher, temperature):
+    "Divergence from the teacher's predictions for the same images, for classes and rotations apart."
+    with torch.no_grad(), autocast(x.device):
+        target = teacher(x.contiguous(memory_format=torch.channels_last)).float()
+    parts = [slice(0, n_classes)]
+    if out.shape[1] > n_classes: parts.append(slice(n_classes, None))
+    return sum(distillation_loss(out[:, part], target[:, part], temperature) for part in parts)
+
+def _objective(config, n_classes, teacher, forward, x, y, cfg, g):
+    r, lam = None, 1.
+    if config.rotation: x, r = rotate_some(x, config.rotation, g)
+    if config.mixup: x, other, lam = mix_images(x, config.mixup, g)
+    out = forward(x)
+    loss = _label_loss(out, y, r, n_classes, cfg)
+    if lam < 1:
+        other_loss = _label_loss(out, y[other], None if r is None else r[other], n_classes, cfg)
+        loss = lam*loss + (1 - lam)*other_loss
+    if teacher is not None:
+        agreement = _teacher_loss(out, x, n_classes, teacher, config.temperature)
+        loss = (1 - config.distill)*loss + config.distill*agreement
+    return loss, out[:, :n_classes]
+
 def make_objective(
-    extras:ObjectiveConfig,
+    config:ObjectiveConfig,
     n_classes:int, # base classes
-    teacher:nn.Module|None=None, # the generation before, in evaluation mode
-) -> Callable: # for `pretrain`: (forward, x, y, cfg, g) -> loss, class logits
-    "Cross-entropy, and whatever is asked for beyond it."
-    def hard(out, y, r, cfg): # [B,n_classes(+4)] outputs against classes and turns
-        loss = F.cross_entropy(out[:, :n_classes], y, label_smoothing=cfg.smoothing)
-        return loss if r is None else loss + F.cross_entropy(out[:, n_classes:], r)
-    parts = lambda out: (out[:, :n_classes], out[:, n_classes:]) # classes and turns
-    def loss_of(forward, x, y, cfg, g):
-        r, lam = None, 1.
-        if extras.rotation: x, r = rotate_some(x, extras.rotation, g)
-        if extras.mixup: x, other, lam = mix_images(x, extras.mixup, g)
-        out = forward(x)
-        loss = hard(out, y, r, cfg)
-        if lam < 1: loss = lam*loss + (1 - lam)*hard(out, y[other], None if r is None else r[other], cfg)
-        if teacher is not None:
-            with torch.no_grad(), autocast(x.device): said = teacher(x.contiguous(memory_format=torch.channels_last)).float()
-            far = sum(distillation_loss(a, b, extras.temperature) for a, b in zip(parts(out), parts(said)) if a.shape[1])
-            loss = (1 - extras.distill)*loss + extras.distill*far
-        return loss, out[:, :n_classes]
-    return loss_of
+    teacher:nn.Module|None=None, # the network of the round before, in evaluation mode
+) -> Callable[...,tuple[Tensor,Tensor]]: # for `pretrain`: (forward, x, y, cfg, g) -> loss, class logits
+    "Cross-entropy, and what the config adds to it."
+    return partial(_objective, config, n_classes, teacher)

@@ -9,51 +9,64 @@ __all__ = ['PretrainConfig', 'learning_rate', 'pretrain_state', 'cross_entropy',
 
 # %% ../../nbs/07_train.pretrain.ipynb #d647672f
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoints import TrainState
-from ..core import BadInput
-from ..data.bank import ImageBank, prefetch
+from ..core import require
 from ..data.augment import AugmentConfig
-from .distributed import ALONE, Team, autocast
+from ..data.bank import ImageBank, prefetch
 from ..models.heads import Classifier
+from .checkpoints import TrainState
+from .distributed import ALONE, Team, autocast
 
 # %% ../../nbs/07_train.pretrain.ipynb #cd5c9c2d
 @dataclass(frozen=True)
 class PretrainConfig:
-    "Phase 1, as data."
+    "The settings of phase 1."
     epochs:int=20 # passes over all base images
     batch:int=128 # images a step
     lr:float=0.2 # α at its peak
     weight_decay:float=5e-4 # on every parameter
     smoothing:float=0.1 # label smoothing
-    warmup:float=0.25 # share of the steps in which α rises; then it falls along a cosine
-    adam:bool=False # Adam, α halved every `halve` steps (the authors'); else SGD with Nesterov momentum
+    warmup:float=0.25 # fraction of the steps in which α rises; then it falls along a cosine
+    adam:bool=False # Adam, α halved every `halve` steps (as the authors do); else SGD with Nesterov momentum
     halve:int=5000 # steps, with `adam`
     augment:AugmentConfig|None=AugmentConfig(4, True, 0.3) # of the training images
     seed:int=0 # of shuffling, augmentation, dropout and the base head
-    bn_splits:int=1 # batch norm sees each of so many parts of a batch apart: with several processes, at least one each
+    bn_splits:int=1 # parts of a batch that batch norm sees apart; with several processes, one each at least
+    def __post_init__(self):
+        require(self.epochs >= 1, f"phase1: epochs must be at least 1, got {self.epochs}")
+        require(self.batch >= 2, f"phase1: batch must be at least 2, got {self.batch}")
+        require(0 < self.lr < inf, f"phase1: lr must be above 0, got {self.lr}")
+        require(0 <= self.weight_decay < inf, f"phase1: weight_decay must not be negative, got {self.weight_decay}")
+        require(0 <= self.smoothing < 1, f"phase1: smoothing must be at least 0 and below 1, got {self.smoothing}")
+        require(0 <= self.warmup <= 1, f"phase1: warmup must be from 0 to 1, got {self.warmup}")
+        require(self.halve >= 1, f"phase1: halve must be at least 1, got {self.halve}")
+        require(self.augment is None or callable(self.augment),
+                f"phase1: augment must be an AugmentConfig or None, got {self.augment}")
+        require(self.bn_splits >= 1, f"phase1: bn_splits must be at least 1, got {self.bn_splits}")
 
 # %% ../../nbs/07_train.pretrain.ipynb #f0bac695
 def learning_rate(
     cfg:PretrainConfig,
-    step:int, # steps behind us
+    step:int, # steps taken so far
     total:int, # steps in all
 ) -> float: # α for the next step
     "One cycle: a linear rise, then a cosine down to zero. With `adam`: halved every `halve` steps."
     if cfg.adam: return cfg.lr*0.5**(step//cfg.halve)
     up = max(1, cfg.warmup*total)
-    return cfg.lr*(step + 1)/(up + 1) if step < up else cfg.lr*(1 + cos(pi*(step - up)/max(1, total - up)))/2
+    if step < up: return cfg.lr*(step + 1)/(up + 1)
+    return cfg.lr*(1 + cos(pi*(step - up)/max(1, total - up)))/2
 
 # %% ../../nbs/07_train.pretrain.ipynb #0288dfed
 def pretrain_state(
-    net:nn.Module, # the backbone Θ, trained in place; has `.d`
+    net:nn.Module, # the backbone Θ, trained in place; has `num_features`
     n_classes:int, # base classes
     cfg:PretrainConfig,
     device:torch.device=torch.device("cpu"), # where to train
@@ -61,8 +74,8 @@ def pretrain_state(
 ) -> TrainState: # ready for `pretrain`
     "Backbone, base head, optimiser and generator at their start."
     model = make(net, n_classes, cfg.seed).to(device, memory_format=torch.channels_last)
-    opt = (torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay) if cfg.adam else
-           torch.optim.SGD(model.parameters(), cfg.lr, momentum=0.9, nesterov=True, weight_decay=cfg.weight_decay))
+    if cfg.adam: opt = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    else: opt = torch.optim.SGD(model.parameters(), cfg.lr, 0.9, nesterov=True, weight_decay=cfg.weight_decay)
     return TrainState(model, opt, torch.Generator().manual_seed(cfg.seed))
 
 # %% ../../nbs/07_train.pretrain.ipynb #1a71bd47
@@ -71,69 +84,96 @@ def cross_entropy(
     x:Tensor, # [B,C,H,W] augmented images
     y:Tensor, # int64 [B] their classes
     cfg:PretrainConfig,
-    g:torch.Generator, # for whatever is drawn; here nothing
+    g:torch.Generator, # for random numbers; here none are needed
 ) -> tuple[Tensor,Tensor]: # the loss, and the class logits [B,n_classes]
     "What phase 1 minimises: the mean cross-entropy, with label smoothing."
     logits = forward(x)
     return F.cross_entropy(logits, y, label_smoothing=cfg.smoothing), logits
 
 # %% ../../nbs/07_train.pretrain.ipynb #96d52252
-def _share_step(forward, x, y, cfg, dice, weight, objective):
-    "One part of a batch, forward and backward: its weighted loss, its right answers."
+def _part_backward(forward, x, y, cfg, seed, weight, objective):
+    "Forward and backward for one part of a batch: its weighted loss, and how many of its images were right."
     def call(x):
         with autocast(x.device): return forward(x.contiguous(memory_format=torch.channels_last)).float()
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(dice)
-        loss, logits = objective(call, x, y, cfg, torch.Generator().manual_seed(dice))
+        torch.manual_seed(seed)
+        loss, logits = objective(call, x, y, cfg, torch.Generator().manual_seed(seed))
     loss = loss*weight
     loss.backward()
     return loss.detach(), (logits.detach().argmax(1) == y).sum()
 
-def _statistics(model): return [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in (m.running_mean, m.running_var)]
+# %% ../../nbs/07_train.pretrain.ipynb #a3000010
+def _parts(cfg, team, batch):
+    "The parts of a batch, as slices, that this process computes."
+    require(cfg.bn_splits % team.size == 0,
+            f"phase1: bn_splits={cfg.bn_splits} cannot be divided among {team.size} processes: take a multiple")
+    require(cfg.bn_splits <= batch//2, f"phase1: bn_splits={cfg.bn_splits} leaves batch norm fewer than 2 images "
+            f"of a batch of {batch}: take fewer processes, or a larger batch")
+    return [Team(i, cfg.bn_splits).shard(batch) for i in range(cfg.bn_splits)][team.shard(cfg.bn_splits)]
+
+def _statistics(model): # the running mean and variance of each batch norm
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [b for m in norms for b in (m.running_mean, m.running_var)]
+
+class _SplitStatistics:
+    "Running statistics of a batch in parts: every part starts from the same ones; after the last they are the mean."
+    def __init__(self, model, n_parts):
+        self.n, self.buffers = n_parts, _statistics(model) if n_parts > 1 else [] # nothing to do for one part
+        self.counters = [b for k, b in model.named_buffers() if k.endswith("num_batches_tracked")]
+    def start_batch(self):
+        self.before = [b.clone() for b in self.buffers]
+        self.mean = [torch.zeros_like(b) for b in self.buffers]
+    @contextmanager
+    def part(self):
+        for b, before in zip(self.buffers, self.before): b.copy_(before)
+        yield
+        for mean, b in zip(self.mean, self.buffers): mean.add_(b, alpha=1/self.n)
+    def end_batch(self):
+        for b, mean in zip(self.buffers, self.mean): b.copy_(mean)
+        if self.n > 1:
+            for counter in self.counters: counter.sub_(self.n - 1) # one batch, not one for each part
 
 # %% ../../nbs/07_train.pretrain.ipynb #a476d449
 def pretrain(
     state:TrainState, # from `pretrain_state`, or with a saved one loaded into it
-    bank:ImageBank, # the base classes; where the model is, or elsewhere
+    bank:ImageBank, # the base classes; on the model's device, or elsewhere
     cfg:PretrainConfig,
     team:Team=ALONE, # the processes that share every batch
     call:Callable[[Tensor],Tensor]|None=None, # stands in for the model, such as `torch.compile(state.model)`
     objective:Callable=cross_entropy, # (forward, x, y, cfg, g) -> loss, class logits
 ) -> Iterator[dict]: # a record an epoch: epoch, loss, accuracy (of the augmented training images), lr
-    "Minimise the objective over all base classes, epoch by epoch; raises `BadInput` if the loss is no longer finite."
-    if cfg.bn_splits % team.size: raise BadInput(f"{cfg.bn_splits} shares of a batch cannot be dealt to {team.size} processes: take a multiple")
-    model, opt, steps, batch = state.model, state.opt, max(1, len(bank)//cfg.batch), min(cfg.batch, len(bank))
-    forward = model if call is None else call
-    if cfg.bn_splits > batch//2: raise BadInput(f"a batch of {batch} images in {cfg.bn_splits} shares leaves batch norm fewer than 2 images: take fewer processes, or a larger batch")
-    device, params, stats = next(model.parameters()).device, [p for p in model.parameters() if p.requires_grad], _statistics(model)
-    counts = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
-    parts = [Team(r, cfg.bn_splits).shard(batch) for r in range(cfg.bn_splits)][team.shard(cfg.bn_splits)] # which images of a batch are ours
-    first, last, several = parts[0].start, parts[-1].stop, len(parts) > 1
+    "Minimise the objective over all base classes, epoch by epoch. Raises `BadInput` if the loss becomes NaN."
+    model, opt, device = state.model, state.opt, next(state.model.parameters()).device
+    forward, params = model if call is None else call, [p for p in model.parameters() if p.requires_grad]
+    steps, batch = max(1, len(bank)//cfg.batch), min(cfg.batch, len(bank))
+    parts = _parts(cfg, team, batch)
+    first, last = parts[0].start, parts[-1].stop # the images of a batch that this process computes
+    statistics = _SplitStatistics(model, len(parts))
     while state.done < cfg.epochs:
         model.train()
-        order, total, right = torch.randperm(len(bank), generator=state.g), torch.zeros((), device=device), torch.zeros((), device=device)
-        batches = prefetch(bank, [o[first:last] for o in order.split(cfg.batch)[:steps]], device)
-        for i, (x, y) in enumerate(tqdm(batches, desc=f"phase 1, epoch {state.done + 1}/{cfg.epochs}", total=steps, leave=False)):
-            step = state.done*steps + i
+        total, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        order = torch.randperm(len(bank), generator=state.g).split(cfg.batch)[:steps]
+        batches = prefetch(bank, [idx[first:last] for idx in order], device)
+        bar = tqdm(batches, desc=f"phase 1, epoch {state.done + 1}/{cfg.epochs}", total=steps, leave=False)
+        for step, (x, y) in enumerate(bar, state.done*steps):
             if cfg.augment is not None: x = cfg.augment(x, state.g, (first, batch))
-            for group in opt.param_groups: group["lr"] = lr = learning_rate(cfg, step, cfg.epochs*steps)
+            lr = learning_rate(cfg, step, cfg.epochs*steps)
+            for group in opt.param_groups: group["lr"] = lr
             opt.zero_grad(set_to_none=True)
-            before = [b.clone() for b in stats] if several else []
-            after = [torch.zeros_like(b) for b in before]
+            statistics.start_batch()
             for part in parts:
-                mine, dice = slice(part.start - first, part.stop - first), 1_000_003*cfg.seed + step + 2**40*(part.start*cfg.bn_splits//batch)
-                for b, o in zip(stats, before): b.copy_(o)
-                loss, hits = _share_step(forward, x[mine], y[mine], cfg, dice, (part.stop - part.start)/batch, objective)
-                total += loss; right += hits
-                for a, b in zip(after, stats): a.add_(b, alpha=1/len(parts))
-            if several: # the statistics move by the mean of what the parts would have moved them
-                for b, a in zip(stats, after): b.copy_(a)
-                for c in counts: c.sub_(len(parts) - 1)
+                mine, weight = slice(part.start - first, part.stop - first), (part.stop - part.start)/batch
+                seed = 1_000_003*cfg.seed + step + 2**40*(part.start*cfg.bn_splits//batch)
+                with statistics.part():
+                    loss, hits = _part_backward(forward, x[mine], y[mine], cfg, seed, weight, objective)
+                total += loss
+                right += hits
+            statistics.end_batch()
             team.all_reduce([p.grad for p in params])
             opt.step()
-        sums = [total, right] + [b.div_(team.size) for b in stats]
-        team.all_reduce(sums)
-        if not isfinite(float(total)): raise BadInput(f"phase 1: the loss is no longer a finite number in epoch {state.done + 1}: lower the learning rate ({cfg.lr})")
+        team.all_reduce([total, right, *(b.div_(team.size) for b in _statistics(model))])
+        require(isfinite(float(total)), f"phase 1: the loss is no longer a finite number in epoch {state.done + 1}: "
+                f"lower the learning rate ({cfg.lr})")
         state.done += 1
         model.eval()
         yield dict(epoch=state.done, loss=float(total)/steps, accuracy=float(right)/(steps*batch), lr=lr)

@@ -1,16 +1,16 @@
-"Phase 1: stopped anywhere and resumed, dropout's dice, odd sizes."
+"Phase 1: stopped anywhere and resumed, random numbers of dropout, odd sizes, values that cannot be."
 from dataclasses import replace
 from itertools import islice
 
 import pytest
 import torch
 
-from mtl_nb.train.checkpoints import load_state, save_state
 from mtl_nb.core import BadInput
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.models.heads import Classifier
-from mtl_nb.train.pretrain import PretrainConfig, learning_rate, pretrain, pretrain_state
 from mtl_nb.models.resnet12 import ResNet12
+from mtl_nb.train.checkpoints import load_state, save_state
+from mtl_nb.train.pretrain import PretrainConfig, learning_rate, pretrain, pretrain_state
 
 WIDTHS = (4, 4, 4, 8)
 
@@ -21,8 +21,11 @@ def bank():
     return ImageBank(x, torch.arange(48) % 4, list("abcd"))
 
 
-def start(cfg, drop=0.): return pretrain_state(ResNet12(WIDTHS, drop), 4, cfg)
-def same(a, b): return all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
+def start(cfg, dropout=0.): return pretrain_state(ResNet12(WIDTHS, dropout), 4, cfg)
+
+
+def same(a, b):
+    return all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
 
 
 @pytest.mark.parametrize("adam", [False, True])
@@ -37,7 +40,7 @@ def test_resumed_is_never_stopped(bank, tmp_path, adam, stop):
     assert first + list(pretrain(rest, bank, cfg)) == records and same(whole, rest)
 
 
-def test_global_dice_play_no_part(bank):
+def test_the_global_generator_plays_no_part(bank):
     cfg, states = PretrainConfig(epochs=1, batch=16, lr=.1), []
     for seed in 0, 1:
         torch.manual_seed(seed)
@@ -49,7 +52,7 @@ def test_global_dice_play_no_part(bank):
 
 
 def test_seed_matters(bank):
-    cfg = PretrainConfig(epochs=1, batch=48, lr=.1, augment=None)   # one step on all images: only the head's start and dropout are drawn
+    cfg = PretrainConfig(epochs=1, batch=48, lr=.1, augment=None) # one step on all images: only dropout is drawn
     a, b = start(cfg, .5), start(replace(cfg, seed=1), .5)
     b.model.load_state_dict(a.model.state_dict())
     (one,), (two,) = (list(pretrain(s, bank, c)) for s, c in ((a, cfg), (b, replace(cfg, seed=1))))
@@ -70,7 +73,8 @@ def test_odd_batches(bank, batch, steps):
     cfg = PretrainConfig(epochs=1, batch=batch, lr=.01)
     state = start(cfg)
     record, = pretrain(state, bank, cfg)
-    assert 0 <= record["accuracy"] <= 1 and state.model.net.blocks[0].bn1.num_batches_tracked == steps and not state.model.training
+    assert 0 <= record["accuracy"] <= 1 and not state.model.training
+    assert state.model.net.blocks[0].bn1.num_batches_tracked == steps
 
 
 def test_done_is_done(bank):
@@ -79,11 +83,12 @@ def test_done_is_done(bank):
     assert len(list(pretrain(state, bank, cfg))) == 1 and list(pretrain(state, bank, cfg)) == []
 
 
-def test_loss_that_is_no_number(bank):
+def test_loss_that_is_nan(bank):
     cfg = PretrainConfig(epochs=2, batch=16)
     state = start(cfg)
     with torch.no_grad(): state.model.head.bias.fill_(float("nan"))
-    with pytest.raises(BadInput, match="no longer a finite number in epoch 1"): list(pretrain(state, bank, cfg))
+    with pytest.raises(BadInput, match="^phase 1: .* no longer a finite number in epoch 1"):
+        list(pretrain(state, bank, cfg))
     assert state.done == 0
 
 
@@ -92,13 +97,15 @@ def test_one_cycle(warmup):
     cfg = PretrainConfig(lr=.4, warmup=warmup)
     rates = [learning_rate(cfg, i, 100) for i in range(100)]
     peak = rates.index(max(rates))
-    assert 0 < min(rates) and max(rates) <= .4 and rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert learning_rate(cfg, 0, 1) > 0   # a run of one step still learns
+    assert 0 < min(rates) and max(rates) <= .4
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert learning_rate(cfg, 0, 1) > 0 # a run of one step still learns
 
 
 def test_head_from_its_own_seed():
     net = ResNet12(WIDTHS)
-    torch.manual_seed(5); before = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
     a, b, c = Classifier(net, 4, 0), Classifier(net, 4, 0), Classifier(net, 4, 1)
     assert torch.equal(a.head.weight, b.head.weight) and not torch.equal(a.head.weight, c.head.weight)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -106,4 +113,19 @@ def test_head_from_its_own_seed():
 
 def test_a_compiled_model_gives_the_same(bank):
     cfg, plain, other = PretrainConfig(epochs=2, batch=16, lr=.01), start(PretrainConfig()), start(PretrainConfig())
-    assert list(pretrain(plain, bank, cfg)) == list(pretrain(other, bank, cfg, call=torch.compile(other.model, backend="eager"))) and same(plain, other)
+    compiled = torch.compile(other.model, backend="eager")
+    assert list(pretrain(plain, bank, cfg)) == list(pretrain(other, bank, cfg, call=compiled))
+    assert same(plain, other)
+
+
+@pytest.mark.parametrize("kw,says", [
+    (dict(epochs=0), "epochs must be at least 1, got 0"), (dict(batch=1), "batch must be at least 2, got 1"),
+    (dict(lr=0.), "lr must be above 0"), (dict(lr=float("nan")), "lr must be above 0, got nan"),
+    (dict(lr=float("inf")), "lr must be above 0"), (dict(weight_decay=-1.), "weight_decay must not be negative"),
+    (dict(smoothing=1.), "smoothing must be at least 0 and below 1"), (dict(warmup=1.5), "warmup must be from 0 to 1"),
+    (dict(halve=0), "halve must be at least 1"), (dict(bn_splits=0), "bn_splits must be at least 1"),
+    (dict(augment=dict(pad=4)), "augment must be an AugmentConfig or None, got {'pad': 4}"),
+], ids=str)
+def test_values_that_cannot_be(kw, says):
+    with pytest.raises(BadInput, match=f"^phase1: {says}") as e: PretrainConfig(**kw)
+    assert "\n" not in str(e.value)
