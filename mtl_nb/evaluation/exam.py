@@ -1,4 +1,4 @@
-"""A fixed exam, an interval, paired differences, features once: how to know whether a method helps.
+"""A fixed list of tasks, an interval, a paired difference: how to know whether a method helps.
 
 Docs: https://mtl-nb.github.io/mtl_nb/evaluation.exam.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/evaluation.exam.html.md"""
 
 # %% auto #0
 __all__ = ['RATES', 'STEPS', 'accuracy', 'Exam', 'make_exam', 'features', 'support_sets', 'evaluate_path', 'evaluate',
-           'augmented_features', 'evaluate_head', 'tune']
+           'evaluate_head', 'augmented_features', 'tune']
 
 # %% ../../nbs/06_evaluation.exam.ipynb #ae51a891
 import hashlib
@@ -17,25 +17,25 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..models.base_learner import BaseLearner, fit_heads
-from ..core import BadInput
-from ..data.bank import ImageBank, prefetch
+from ..core import require
 from ..data.augment import AugmentConfig
-from ..train.distributed import ALONE, Team, autocast
+from ..data.bank import ImageBank, prefetch
 from ..data.episodes import TaskShape, sample_tasks
+from ..models.base_learner import BaseLearner, fit_heads
+from ..train.distributed import ALONE, Team, autocast
 
 # %% ../../nbs/06_evaluation.exam.ipynb #a5a765cc
 def accuracy(
     logits:Tensor, # [E,m,N]
     labels:Tensor, # int64 [m] or [E,m]
-) -> Tensor: # float32 [E] the share of right answers in each task
+) -> Tensor: # float32 [E], the share of right predictions in each task
     "Accuracy of each task."
     return (logits.argmax(-1) == labels.to(logits.device)).float().mean(-1)
 
 # %% ../../nbs/06_evaluation.exam.ipynb #0fa33e3c
 @dataclass(frozen=True, eq=False)
 class Exam:
-    "One fixed list of tasks on one split: every method sits the same exam."
+    "One fixed list of tasks on one split, the same for every method."
     split:str # its name
     shape:TaskShape # N, K and Q
     seed:int # of the list
@@ -44,7 +44,8 @@ class Exam:
     def __len__(self): return len(self.idx)
     def __repr__(self):
         s = self.shape
-        return f"Exam({len(self):,} tasks on {self.split}, {s.n_way}-way {s.k_shot}-shot, {s.n_query} queries a class, seed {self.seed}, fingerprint {self.fingerprint})"
+        return (f"Exam({len(self):,} tasks on {self.split}, {s.n_way}-way {s.k_shot}-shot, {s.n_query} queries "
+                f"a class, seed {self.seed}, fingerprint {self.fingerprint})")
     def first(self,
         tasks:int, # how many
     ) -> "Exam":
@@ -52,6 +53,11 @@ class Exam:
         return replace(self, idx=self.idx[:tasks])
 
 # %% ../../nbs/06_evaluation.exam.ipynb #0ebdc647
+@lru_cache(8) # a second for each list, and a run needs the same few again and again
+def _draw_list(sizes, shape, seed, n): # int64 [n,N,K+Q], for classes of these sizes
+    by_class = list(torch.arange(sum(sizes)).split(sizes))
+    return sample_tasks(by_class, n, shape, torch.Generator().manual_seed(seed))
+
 def make_exam(
     bank:ImageBank, # the split's images
     shape:TaskShape, # N, K and Q
@@ -60,18 +66,16 @@ def make_exam(
     split:str="val", # its name
 ) -> Exam: # raises `BadInput` when no such task can be drawn
     "Draw the list of 10,000 tasks that belongs to this split, shape and seed, and cut it."
-    if tasks < 1: raise BadInput(f"an exam needs at least 1 task, got {tasks}")
+    require(tasks >= 1, f"an exam needs at least 1 task, got {tasks}")
     shape.check(bank, f"'{split}'")
-    idx = _drawn(tuple(map(len, bank.by_class)), shape, seed, max(tasks, 10_000))
+    idx = _draw_list(tuple(map(len, bank.by_class)), shape, seed, max(tasks, 10_000))
     h = hashlib.sha256(repr((split, bank.names, shape, seed)).encode())
-    h.update(bank.hashes.numpy().tobytes()); h.update(idx[:10_000].numpy().tobytes())
+    h.update(bank.hashes.numpy().tobytes())
+    h.update(idx[:10_000].numpy().tobytes())
     return Exam(split, shape, seed, idx[:tasks], h.hexdigest()[:16])
 
-@lru_cache(8) # a second for each list: a run asks for the same few again and again
-def _drawn(sizes, shape, seed, n): return sample_tasks(list(torch.arange(sum(sizes)).split(sizes)), n, shape, torch.Generator().manual_seed(seed))
-
 # %% ../../nbs/06_evaluation.exam.ipynb #0bc50362
-def _calm(embed): # a network in training mode gives an image another feature in each company, and changes while it does
+def _gives_one_feature(embed): # is no batch norm or dropout of its module in training mode?
     owner, noisy = getattr(embed, "__self__", embed), (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     return not (isinstance(owner, nn.Module) and any(m.training and isinstance(m, noisy) for m in owner.modules()))
 
@@ -79,14 +83,16 @@ def _calm(embed): # a network in training mode gives an image another feature in
 def features(
     embed:Callable[[Tensor],Tensor], # [B,C,H,W] -> [B,D], in evaluation mode
     bank:ImageBank, # the images
-    batch:int|None=None, # images at a time; None: 64 on a CPU, so that they stay near it, 500 elsewhere
+    batch:int|None=None, # images at a time; None: 64 on a CPU, whose cache holds them, 500 elsewhere
     mirror:bool=False, # of the mirrored images
     device:torch.device|None=None, # where the network is; None: with the bank's pixels
     team:Team=ALONE, # the processes that share the images
-    change:Callable[[Tensor,int],Tensor]|None=None, # (images, place of the first in the bank) -> what to embed in their stead
-) -> Tensor: # float32 [n,D] on the network's device; raises `ValueError` when `embed` is in training mode
-    "Every image of a bank embedded once: from here on a task is a matter of indexing."
-    if not _calm(embed): raise ValueError("the network is in training mode, where an image has no feature of its own: call .eval() first")
+    # (images, index of the first in the bank) -> the images to embed in their place
+    change:Callable[[Tensor,int],Tensor]|None=None,
+) -> Tensor: # float32 [n,D] on the network's device; raises `BadInput` when `embed` is in training mode
+    "Every image of a bank embedded once; from then on a task is a matter of indexing."
+    require(_gives_one_feature(embed),
+            "the network is in training mode, where an image has no feature of its own: call .eval() first")
     out, device = [], device or bank.x.device
     parts = torch.arange(len(bank))[team.shard(len(bank))].split(batch or (64 if device.type == "cpu" else 500))
     for idx, (x, _) in zip(parts, prefetch(bank, parts, device)):
@@ -102,9 +108,11 @@ def support_sets(
     extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join them
 ) -> tuple[Tensor,Tensor]: # features [T,m,D] and labels int64 [T,m], of m = N·K images, or that many times more
     "The support features of several tasks, and their labels."
-    sup, y = idx.flatten(1).to(feats.device), torch.arange(idx.shape[1], device=feats.device).repeat_interleave(idx.shape[2])
-    parts = [feats[sup]] + ([] if extra is None else [more[sup] for more in extra.view(-1, *feats.shape)])
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), y.repeat(len(parts)).expand(len(idx), -1)
+    support = idx.flatten(1).to(feats.device)
+    labels = torch.arange(idx.shape[1], device=feats.device).repeat_interleave(idx.shape[2])
+    parts = [feats[support]]
+    if extra is not None: parts += [more[support] for more in extra.view(-1, *feats.shape)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0], labels.repeat(len(parts)).expand(len(idx), -1)
 
 # %% ../../nbs/06_evaluation.exam.ipynb #eaacac23
 @torch.no_grad()
@@ -117,20 +125,24 @@ def evaluate_path(
     extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join the support set
     chunk:int=1000, # tasks at a time: memory does not grow with their number
     team:Team=ALONE, # the processes that share the tasks
-) -> Tensor: # int64 [len(steps),T] right answers in each task
-    "The exam, answered after several numbers of inner steps on the way."
-    if not steps or list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, at least one of them, got {list(steps)}")
-    if len(base.weight) != exam.shape.n_way: raise ValueError(f"a head of {len(base.weight)} classes cannot sit a {exam.shape.n_way}-way exam")
-    k, q, device = exam.shape.k_shot, exam.shape.n_query, feats.device
-    yq, out = exam.shape.labels(q).to(device), []
+) -> Tensor: # int64 [len(steps),T] right predictions in each task
+    "Evaluate after several numbers of inner steps, in one run of the inner loop."
+    require(len(steps) > 0 and list(steps) == sorted(steps),
+            f"inner steps must ascend, at least one of them, got {list(steps)}")
+    k, q, n_way, device = exam.shape.k_shot, exam.shape.n_query, exam.shape.n_way, feats.device
+    require(len(base.weight) == n_way, f"a head of {len(base.weight)} classes cannot predict {n_way}-way tasks")
+    labels, out = exam.shape.labels(q).to(device), []
     for idx in exam.idx[team.shard(len(exam))].split(chunk):
-        ask = idx[:, :, k:].flatten(1).to(device)
+        queries = idx[:, :, k:].flatten(1).to(device)
         w, b = fit_heads(*support_sets(feats, idx[:, :, :k], extra), base.weight, base.bias, lr, steps)
-        for part in torch.arange(len(idx)).split(25 if device.type == "cpu" else chunk): # few enough to stay in a CPU's cache
-            query = feats.index_select(0, ask[part].flatten()).unflatten(0, (len(part), -1))
-            logits = torch.baddbmm(b[part].flatten(1)[:, None], query, w[part].flatten(1, 2).mT).unflatten(2, b.shape[1:])
-            out.append((logits.argmax(-1) == yq[:, None]).sum(1))
-    return team.all_gather(torch.cat(out) if out else yq.new_zeros(0, len(steps)), len(exam)).T.cpu()
+        # on a CPU few enough tasks to stay in its cache
+        for part in torch.arange(len(idx)).split(25 if device.type == "cpu" else chunk):
+            query = feats.index_select(0, queries[part].flatten()).unflatten(0, (len(part), -1))
+            # the heads of all numbers of steps in one product
+            logits = torch.baddbmm(b[part].flatten(1)[:, None], query, w[part].flatten(1, 2).mT)
+            out.append((logits.unflatten(2, b.shape[1:]).argmax(-1) == labels[:, None]).sum(1))
+    correct = torch.cat(out) if out else labels.new_zeros(0, len(steps))
+    return team.all_gather(correct, len(exam)).T.cpu()
 
 # %% ../../nbs/06_evaluation.exam.ipynb #1dc82d81
 def evaluate(
@@ -139,24 +151,9 @@ def evaluate(
     base:BaseLearner, # θ₀ with its rate and steps
     extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join the support set
     team:Team=ALONE, # the processes that share the tasks
-) -> Tensor: # int64 [T] right answers in each task, of N·Q
-    "Sit an exam on cached features."
+) -> Tensor: # int64 [T] right predictions in each task, of N·Q
+    "Adapt the head to each task of an exam and count its right predictions, on cached features."
     return evaluate_path(feats, exam, base, base.lr, [base.steps], extra, team=team)[0]
-
-# %% ../../nbs/06_evaluation.exam.ipynb #3abceb11
-def augmented_features(
-    embed:Callable[[Tensor],Tensor], # [B,C,H,W] -> [B,D], in evaluation mode
-    bank:ImageBank, # the images
-    count:int, # c, how many of each
-    augment:AugmentConfig, # how
-    seed:int=0, # of the dice
-    device:torch.device|None=None, # where the network is; None: with the bank's pixels
-    team:Team=ALONE, # the processes that share the images
-) -> Tensor: # float32 [c,n,D], whatever the batch and the team
-    "Augmented copies of every image embedded, to join the support set as `extra`."
-    dice = lambda c: torch.Generator().manual_seed(10_007*seed + c) # those of the whole bank, rolled anew for each part of it
-    change = lambda c: lambda x, first: augment(x, dice(c), (first, len(bank)))
-    return torch.stack([features(embed, bank, device=device, team=team, change=change(c)) for c in range(count)])
 
 # %% ../../nbs/06_evaluation.exam.ipynb #5da62b35
 @torch.no_grad()
@@ -167,12 +164,32 @@ def evaluate_head(
     extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join the support set
     chunk:int=100, # tasks at a time
     team:Team=ALONE, # the processes that share the tasks
-) -> Tensor: # int64 [T] right answers in each task, of N·Q
-    "Sit an exam on cached features, with any base."
-    k, yq, out = exam.shape.k_shot, exam.shape.labels(exam.shape.n_query).to(feats.device), []
+) -> Tensor: # int64 [T] right predictions in each task, of N·Q
+    "Evaluate any head on cached features."
+    k, labels, out = exam.shape.k_shot, exam.shape.labels(exam.shape.n_query).to(feats.device), []
     for idx in exam.idx[team.shard(len(exam))].to(feats.device).split(chunk):
-        out.append((base(*support_sets(feats, idx[:, :, :k], extra), feats[idx[:, :, k:].flatten(1)]).argmax(-1) == yq).sum(1))
-    return team.all_gather(torch.cat([yq.new_zeros(0), *out]), len(exam)).cpu()
+        query = feats[idx[:, :, k:].flatten(1)]
+        logits = base(*support_sets(feats, idx[:, :, :k], extra), query)
+        out.append((logits.argmax(-1) == labels).sum(1))
+    return team.all_gather(torch.cat([labels.new_zeros(0), *out]), len(exam)).cpu()
+
+# %% ../../nbs/06_evaluation.exam.ipynb #3abceb11
+def augmented_features(
+    embed:Callable[[Tensor],Tensor], # [B,C,H,W] -> [B,D], in evaluation mode
+    bank:ImageBank, # the images
+    count:int, # c, how many of each
+    augment:AugmentConfig, # how
+    seed:int=0, # of the augmentation
+    device:torch.device|None=None, # where the network is; None: with the bank's pixels
+    team:Team=ALONE, # the processes that share the images
+) -> Tensor: # float32 [c,n,D], whatever the batch and the team
+    "Augmented copies of every image embedded, to join the support set as `extra`."
+    def copy_of(c): # a batch draws the random numbers of the whole bank and takes its part of them
+        def change(x, first):
+            g = torch.Generator().manual_seed(10_007*seed + c)
+            return augment(x, g, (first, len(bank)))
+        return features(embed, bank, device=device, team=team, change=change)
+    return torch.stack([copy_of(c) for c in range(count)])
 
 # %% ../../nbs/06_evaluation.exam.ipynb #5a7a2fc3
 RATES, STEPS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), (5, 10, 20, 50, 100, 200)
@@ -188,6 +205,7 @@ def tune(
 ) -> tuple[float,int,Tensor]: # the best rate, the best number of steps, and the table [rates,steps] of accuracies
     "Choose the inner loop's rate and steps on val: the same grid for every method."
     total = exam.shape.n_way*exam.shape.n_query
-    table = torch.stack([evaluate_path(feats, exam, base, lr, list(steps), extra, team=team).double().mean(1)/total for lr in rates])
+    correct = [evaluate_path(feats, exam, base, lr, list(steps), extra, team=team) for lr in rates]
+    table = torch.stack([c.double().mean(1)/total for c in correct])
     best = table.argmax().item()
     return rates[best//len(steps)], steps[best % len(steps)], table
