@@ -8,11 +8,11 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 nbs, root = here.parent, here.parents[1]
 urls = tomllib.loads((root/"pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
-story = {0, 1, 2, 5, 6, 7, 8, 10, 12, 13, 14, 15}  # the pages that tell the story; 90 and above: under the hood; the others: the workshop
+parts = {"Learn": range(20), "Use": range(20, 30), "Compare and reproduce": range(30, 80), "Appendix": range(80, 100)}
 
 def notebook(path): return json.loads(path.read_text(encoding="utf-8"))
 def text(o): return o if isinstance(o, str) else "".join(o or ())
-def page(path): return re.sub(r"^\d+_", "", path.stem)  # 05_episodes.ipynb is episodes.html, as in nbdev's own links
+def page(path): return re.sub(r"^\d+_", "", path.stem)  # 03_data.episodes.ipynb is data.episodes.html, as in nbdev's own links
 
 def options(source):
     "A cell's `#|` options, and its source without them."
@@ -49,7 +49,7 @@ def readme():
         name = f"nbs/_site/readme/{len(pictures) + 1}.png"
         pictures[name] = png
         return f"![{alt}]({name})"
-    md = re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", markdown(notebook(nbs/"index.ipynb"), picture))
+    md = re.sub(r"\]\(([\w.]+\.ipynb)", r"](nbs/\1", markdown(notebook(nbs/"index.ipynb"), picture))
     return "<!-- made from nbs/index.ipynb by nbs/_site/build.py: edit the notebook -->\n\n" + md, pictures
 
 # The site
@@ -69,7 +69,7 @@ def symbol(name, module):
 def site_cells(nb, path, names):
     "The cells of a notebook that nbdev has processed, as Sphinx wants them."
     md = lambda source: dict(cell_type="markdown", metadata={}, source=source)
-    mod = re.search(r"^#\|\s*default_exp:?\s*(\w+)", "\n".join(text(c["source"]) for c in nb["cells"]), re.M)
+    mod = re.search(r"^#\|\s*default_exp:?\s*([\w.]+)", "\n".join(text(c["source"]) for c in nb["cells"]), re.M)
     module = importlib.import_module(f"{names['lib']}.{mod[1]}") if mod else None
     cells = []
     for cell in nb["cells"]:
@@ -95,10 +95,10 @@ def heading(front, path, module):
 
 def links(source, names):
     "Links between pages, and nbdev's links to symbols, as Sphinx knows them."
-    source = re.sub(r"\]\(\d+_(\w+\.ipynb)", r"](\1", source)
+    source = re.sub(r"\]\(\d+_([\w.]+\.ipynb)", r"](\1", source)
     source = re.sub(r"</summary>\n?(?=[^\n])", "</summary>\n\n", source)  # blank lines let Markdown be read inside <details>
     source = re.sub(r"(?<=[^\n])\n?([ \t]*</details>)", r"\n\n\1", source)
-    own = re.escape(urls["Documentation"].rstrip("/")) + r"/(\w+\.html#[\w.]+)"
+    own = re.escape(urls["Documentation"].rstrip("/")) + r"/([\w.]+\.html#[\w.]+)"
     return re.sub(rf"\[`([^`]+)`\]\({own}\)", lambda m: f"{{py:obj}}`{m[1]} <{names[m[2]]}>`" if m[2] in names else f"`{m[1]}`", source)
 
 def code(cell, opts, source, names):
@@ -117,9 +117,8 @@ def code(cell, opts, source, names):
 def contents(paths):
     "The table of contents, in the order of the book."
     if taken := {"index", "search", "genindex", "py-modindex"} & {page(p) for p in paths}: raise SystemExit(f"the site has a page of its own called {min(taken)}: rename the notebook")
-    number = lambda p: int(re.match(r"\d+", p.stem)[0])
-    groups = {"The story": [p for p in paths if number(p) in story], "The workshop": [p for p in paths if number(p) not in story and number(p) < 90],
-              "Under the hood": [p for p in paths if number(p) >= 90]}
+    def number(path): return int(re.match(r"\d+", path.stem)[0])
+    groups = {name: [p for p in paths if number(p) in numbers] for name, numbers in parts.items()}
     return "\n\n".join("\n".join(["```{toctree}", ":hidden:", f":caption: {k}", "", *map(page, v), "```"]) for k, v in groups.items() if v)
 
 def site():
