@@ -1,4 +1,4 @@
-"""Each phase beside the way it was published: the same data, the same weights, one process, and the same answers.
+"""Each phase beside the way it was published: the same data, the same weights, one process, and identical predictions.
 
 Docs: https://mtl-nb.github.io/mtl_nb/experiments.speed.html.md"""
 
@@ -8,7 +8,14 @@ Docs: https://mtl-nb.github.io/mtl_nb/experiments.speed.html.md"""
 __all__ = ['published_head', 'race', 'conv_flops', 'bench']
 
 # %% ../../nbs/91_experiments.speed.ipynb #93ecd68a
-import json, os, platform, shutil, statistics, subprocess, sys, time
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -21,22 +28,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
 
 from .. import __version__
-from ..models.base_learner import BaseLearner, fit_heads
-from ..core import atomic_write
+from ..core import atomic_write, require
+from ..data.augment import AugmentConfig
 from ..data.bank import MEAN, STD, ImageBank
-from ..core import BadInput
-from ..data.augment import augment
-from ..train.distributed import Runtime, autocast
 from ..data.episodes import TaskSampler, TaskShape
-from ..evaluation.exam import evaluate, features, make_exam
 from ..data.folders import folder_bank, folder_splits
-from ..train.meta_train import MTL
-from ..train.pretrain import PretrainConfig, pretrain, pretrain_state
+from ..evaluation.exam import evaluate, features, make_exam
+from ..models.base_learner import BaseLearner, fit_heads
 from ..models.resnet12 import ResNet12
 from ..models.scale_shift import scale_shift
+from ..train.distributed import Runtime, autocast
+from ..train.meta_train import MTL
+from ..train.pretrain import PretrainConfig, pretrain, pretrain_state
 
 # %% ../../nbs/91_experiments.speed.ipynb #0c254e73
 def published_head(
@@ -56,9 +61,12 @@ def published_head(
         return F.linear(query, w, b)
 
 # %% ../../nbs/91_experiments.speed.ipynb #b24e6087
-def _took(work, device): # seconds
+def _seconds(work, device):
     wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
-    wait(); began = time.perf_counter(); work(); wait()
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
     return time.perf_counter() - began
 
 def race(
@@ -69,40 +77,56 @@ def race(
     scale:float=1., # theirs did this many times less: its times are multiplied
 ) -> tuple[list[float],list[float]|None]: # seconds of ours and of theirs, pair by pair
     "Time the two in turn."
-    pairs = [(_took(ours, device), theirs and scale*_took(theirs, device)) for _ in range(repeats + 1)][1:]
+    pairs = [(_seconds(ours, device), theirs and scale*_seconds(theirs, device)) for _ in range(repeats + 1)][1:]
     return [a for a, _ in pairs], theirs and [b for _, b in pairs]
 
 # %% ../../nbs/91_experiments.speed.ipynb #dbfa3135
-def _spread(xs): return dict(zip(("median", "low", "high"), (float(f"{f(xs):.4g}") for f in (statistics.median, min, max))), n=len(xs))
+def _spread(xs):
+    low_mid_high = [float(f"{f(xs):.4g}") for f in (statistics.median, min, max)]
+    return dict(zip(("median", "low", "high"), low_mid_high), n=len(xs))
 
-def _row(part, what, unit, ours, theirs=None, count=None, note="", agree=None, **more): # seconds; with `count`, so many things are done in that time
-    show = lambda xs: xs and _spread([count/x for x in xs] if count else xs)
-    return dict(part=part, what=what, unit=unit, ours=show(ours), theirs=show(theirs), ratio=theirs and _spread([b/a for a, b in zip(ours, theirs)]), note=note, agree=agree, **more)
+def _row(part, what, unit, ours, theirs=None, count=None, note="", agree=None, **more):
+    "A row from lists of seconds; with `count`, so many things are done in that time."
+    def show(xs):
+        if not xs: return xs
+        return _spread([count/x for x in xs] if count else xs)
+    ratio = theirs and _spread([b/a for a, b in zip(ours, theirs)])
+    return dict(part=part, what=what, unit=unit, ours=show(ours), theirs=show(theirs), ratio=ratio, note=note,
+                agree=agree, **more)
 
-def _same_answers(ours, theirs, margin=1e-4): # logits [T,m,N] of the same tasks
+def _same_predictions(ours, theirs, margin=1e-4): # logits [T,m,N] of the same tasks
     clear = theirs.topk(2, -1).values.diff().squeeze(-1) < -margin
     differ = ((ours.argmax(-1) != theirs.argmax(-1)) & clear).sum().item()
-    return dict(ok=differ == 0, compared=clear.sum().item(), of=clear.numel(), differ=differ, margin=margin, largest=(ours - theirs).abs().max().item())
+    return dict(ok=differ == 0, compared=clear.sum().item(), of=clear.numel(), differ=differ, margin=margin,
+                largest=(ours - theirs).abs().max().item())
 
 # %% ../../nbs/91_experiments.speed.ipynb #1a939aa5
-_FULL = dict(repeats=5, fresh=5, tasks=10_000, few=600, loop=30, files=2560, batch=128, widths=(16, 32, 64, 128), root=None)
+_FULL = dict(repeats=5, fresh=5, tasks=10_000, few=600, loop=30, files=2560, batch=128, widths=(16, 32, 64, 128),
+             root=None)
 _TOY = dict(repeats=2, fresh=1, tasks=200, few=10, loop=5, files=64, batch=32, widths=(8, 8, 16, 16), root=None)
 
-def _synthetic(classes, each, size): # a bank of made-up images
+def _synthetic(classes, each, size):
+    "A bank of made-up images."
     g = torch.Generator().manual_seed(0)
     centres = F.interpolate(torch.rand(classes, 3, 4, 4, generator=g), size=(size, size), mode="bilinear")
     x = torch.cat([(c*160 + 95*torch.rand(each, 3, size, size, generator=g)).to(torch.uint8) for c in centres])
     return ImageBank(x, torch.arange(classes).repeat_interleave(each), [f"class {i:03}" for i in range(classes)])
 
 def _setting(device, toy=False, bank=None, **changes):
+    "Device, bank and sizes of a measurement."
     size, bank = (_TOY if toy else _FULL) | changes, bank or _synthetic(*(8, 40, 16) if toy else (20, 600, 32))
-    return SimpleNamespace(device=device, bank=bank.to(device), race=lambda *work, **more: race(*work, device=device, repeats=size["repeats"], **more), **size)
+    def race_here(*work, **more): return race(*work, device=device, repeats=size["repeats"], **more)
+    return SimpleNamespace(device=device, bank=bank.to(device), race=race_here, **size)
 
 # %% ../../nbs/91_experiments.speed.ipynb #5ffac06f
-def _ceiling(s): # operations a second of a large matrix product, bytes a second (read and written) of a large copy: a list of each
-    side, dtype, many = (8192, torch.bfloat16, 2**26) if s.device.type == "cuda" else (min(2048, 2*s.tasks), torch.float32, 2**24)
-    a, x, y = (torch.ones(n, device=s.device, dtype=d) for n, d in (((side, side), dtype), (many, torch.float32), (many, torch.float32)))
-    return [2*side**3/t for t in s.race(lambda: a @ a)[0]], [8*x.numel()/t for t in s.race(lambda: y.copy_(x))[0]]
+def _ceiling(s):
+    "Operations a second of a large matrix product, bytes a second (read and written) of a large copy: a list of each."
+    side, dtype, many = min(2048, 2*s.tasks), torch.float32, 2**24
+    if s.device.type == "cuda": side, dtype, many = 8192, torch.bfloat16, 2**26
+    a = torch.ones(side, side, device=s.device, dtype=dtype)
+    x, y = (torch.ones(many, device=s.device) for _ in range(2))
+    products, copies = s.race(lambda: a @ a)[0], s.race(lambda: y.copy_(x))[0]
+    return [2*side**3/t for t in products], [8*x.numel()/t for t in copies]
 
 # %% ../../nbs/91_experiments.speed.ipynb #236b6246
 def conv_flops(
@@ -110,199 +134,304 @@ def conv_flops(
     size:int, # pixels a side
 ) -> int: # multiplications and additions in the convolutions, for one image
     "The arithmetic of a forward pass; a training step takes three times that."
-    total, count = [], lambda m, x, y: total.append(2*y[0].numel()*m.weight[0].numel())
+    total = []
+    def count(m, x, y): total.append(2*y[0].numel()*m.weight[0].numel())
     net = deepcopy(net).to("meta").eval() # shapes without numbers
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)): conv.register_forward_hook(count)
     net(torch.empty(1, 3, size, size, device="meta"))
     return sum(total)
 
 # %% ../../nbs/91_experiments.speed.ipynb #4be7f7ad
-def _cached(s, d): # [n,d] clustered features, none negative, as a network would make them
+def _cached(s, d):
+    "[n,d] clustered features, none negative, as a network would make them."
     g = torch.Generator().manual_seed(d)
     centres = torch.randn(len(s.bank.names), d, generator=g)
     return (torch.randn(len(s.bank), d, generator=g) + centres[s.bank.y]).relu_().div_(d**.5/4).to(s.device)
 
-def _loop(look, exam, base): # logits [T,m,N] as published, task by task; `look` gives the features [N,K+Q,D] of a task
+def _loop(look, exam, base):
+    "Logits [T,m,N] as published, task by task; `look` gives the features [N,K+Q,D] of a task."
     k, ys = exam.shape.k_shot, exam.shape.labels(exam.shape.k_shot).to(base.weight.device)
-    return torch.stack([published_head(f[:, :k].flatten(0, 1), ys, f[:, k:].flatten(0, 1), base).detach() for f in map(look, exam.idx)])
+    def logits(f): return published_head(f[:, :k].flatten(0, 1), ys, f[:, k:].flatten(0, 1), base).detach()
+    return torch.stack([logits(look(task)) for task in exam.idx])
 
 @torch.no_grad()
-def _agree(feats, look, exam, base, share=0.): # do both answer alike, where the margin is above that share of the largest logit?
-    f, k, ys = feats[exam.idx.to(feats.device)], exam.shape.k_shot, exam.shape.labels(exam.shape.k_shot).to(feats.device)
-    weight, bias = fit_heads(f[:, :, :k].flatten(1, 2), ys.expand(len(f), -1), base.weight, base.bias, base.lr, [base.steps]) # as in `evaluate`
+def _agree(feats, look, exam, base, share=0.):
+    "Do both predict alike, where the margin is above that share of the largest logit?"
+    f, k = feats[exam.idx.to(feats.device)], exam.shape.k_shot
+    ys = exam.shape.labels(k).to(feats.device).expand(len(f), -1)
+    support = f[:, :, :k].flatten(1, 2)
+    weight, bias = fit_heads(support, ys, base.weight, base.bias, base.lr, [base.steps]) # as in `evaluate`
     ours, theirs = f[:, :, k:].flatten(1, 2) @ weight[:, 0].mT + bias, _loop(look, exam, base)
-    return _same_answers(ours, theirs, max(1e-4, share*theirs.abs().max().item()))
+    return _same_predictions(ours, theirs, max(1e-4, share*theirs.abs().max().item()))
 
 # %% ../../nbs/91_experiments.speed.ipynb #d33731b6
-def _memory(device, tasks): # run in a process of its own: prints the MB that `tasks` tasks take beyond 100
+def _memory(device, tasks):
+    "Run in a process of its own: print the MB that `tasks` tasks take beyond 100."
     import resource # not on Windows
     s = SimpleNamespace(device=torch.device(device), bank=_synthetic(20, 600, 8))
-    feats, exam, base = _cached(s, 512), make_exam(s.bank, TaskShape(), tasks=tasks), BaseLearner(512, 5, 0.01, 100).to(device)
-    peak = torch.cuda.max_memory_allocated if s.device.type == "cuda" else lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    feats, exam = _cached(s, 512), make_exam(s.bank, TaskShape(), tasks=tasks)
+    base = BaseLearner(512, 5, 0.01, 100).to(device)
+    def peak():
+        if s.device.type == "cuda": return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
     few, many = ((evaluate(feats, exam.first(n), base), peak())[1] for n in (100, tasks))
     print((many - few)/1e6)
 
+def _fresh(code):
+    "What a new Python process prints, word by word."
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
 def _exam(s): # 5-way, 512 features, 100 inner steps, 15 queries
-    feats, base, look = _cached(s, 512), BaseLearner(512, 5, 0.01, 100).to(s.device), lambda task: feats[task.to(s.device)]
+    feats, base = _cached(s, 512), BaseLearner(512, 5, 0.01, 100).to(s.device)
+    def look(task): return feats[task.to(s.device)]
     for k in (1, 5):
         exam = make_exam(s.bank, TaskShape(5, k, 15), tasks=s.tasks)
         part = exam.first(s.loop)
         times = s.race(lambda: evaluate(feats, exam, base), lambda: _loop(look, part, base), scale=s.tasks/len(part))
-        yield _row("exam", f"{s.tasks:,} tasks on cached features, {k}-shot", "s", *times, note=f"as published: timed on {len(part)} tasks and scaled", agree=_agree(feats, look, part, base))
-    code = f"from mtl_nb.speed import _memory; _memory('{s.device}', {s.tasks})"
-    if os.name != "nt": yield _row("exam", f"peak memory of {s.tasks:,} tasks, less that of 100", "MB", [float(_fresh(code)[0]) for _ in range(s.fresh)])
-
-def _fresh(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() # in a process of its own
+        note = f"as published: timed on {len(part)} tasks and scaled"
+        what = f"{s.tasks:,} tasks on cached features, {k}-shot"
+        yield _row("exam", what, "s", *times, note=note, agree=_agree(feats, look, part, base))
+    if os.name == "nt": return
+    code = f"from mtl_nb.experiments.speed import _memory; _memory('{s.device}', {s.tasks})"
+    megabytes = [float(_fresh(code)[0]) for _ in range(s.fresh)]
+    yield _row("exam", f"peak memory of {s.tasks:,} tasks, less that of 100", "MB", megabytes)
 
 # %% ../../nbs/91_experiments.speed.ipynb #946f6ff4
-def _backbone(s): # Θ in evaluation mode
+def _backbone(s):
+    "Θ in evaluation mode."
     net = ResNet12(s.widths).to(s.device, memory_format=torch.channels_last)
-    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)): norm.momentum = None # the mean over all that it sees
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = None # the mean over all batches
     with torch.no_grad(): net.train()(_part(s.bank, 100).take(torch.arange(100)))
     return net.eval().requires_grad_(False)
 
-def _part(bank, n): # n of its images, evenly spread
+def _part(bank, n):
+    "n images of a bank, evenly spread."
     idx = torch.arange(n)*len(bank)//n if n < len(bank) else torch.arange(len(bank))
     return ImageBank(bank.x[idx.to(bank.x.device)], bank.y[idx], bank.names, bank.hashes[idx])
 
 def _images(s):
     def look(task): # as published: each task embeds its own images
-        with torch.no_grad(), autocast(s.device): return net(s.bank.take(task.flatten())).float().unflatten(0, task.shape)
+        with torch.no_grad(), autocast(s.device): f = net(s.bank.take(task.flatten()))
+        return f.float().unflatten(0, task.shape)
     net, exam, size = _backbone(s), make_exam(s.bank, TaskShape(), tasks=s.tasks), s.bank.x.shape[-1]
-    feats, base, few = features(net, s.bank), BaseLearner(net.num_features, 5, 0.01, 100).to(s.device), exam.first(s.few)
-    agree = _agree(feats, look, exam.first(s.loop), base, .05*(s.device.type == "cuda"))
+    feats, few = features(net, s.bank), exam.first(s.few)
+    base = BaseLearner(net.num_features, 5, 0.01, 100).to(s.device)
+    agree = _agree(feats, look, exam.first(s.loop), base, .05 if s.device.type == "cuda" else 0.)
     once, each = s.race(lambda: features(net, s.bank), lambda: _loop(look, few, base))
     for tasks, note in ((few, ""), (exam, f"as published: timed on {len(few)} tasks and scaled")):
-        ours, theirs = [a + b for a, b in zip(once, s.race(lambda: evaluate(feats, tasks, base))[0])], [t*len(tasks)/len(few) for t in each]
-        yield _row("images", f"{len(tasks):,} tasks from {len(s.bank):,} images of {size} × {size}, 1-shot", "s", ours, theirs, note=note, agree=agree)
+        ours = [a + b for a, b in zip(once, s.race(lambda: evaluate(feats, tasks, base))[0])]
+        theirs = [t*len(tasks)/len(few) for t in each]
+        what = f"{len(tasks):,} tasks from {len(s.bank):,} images of {size} × {size}, 1-shot"
+        yield _row("images", what, "s", ours, theirs, note=note, agree=agree)
 
 # %% ../../nbs/91_experiments.speed.ipynb #90f6d6e2
+def _ours_step(s, model, shape, idx, yq, tasks_at_once=4, forward=None):
+    model.zero_grad(set_to_none=True)
+    for part in idx.split(tasks_at_once):
+        logits = (forward or model)(s.bank.take(part), shape).flatten(0, 1)
+        (F.cross_entropy(logits, yq.repeat(len(part)))*len(part)/len(idx)).backward()
+
+def _published_step(s, model, idx, ys, yq):
+    model.zero_grad(set_to_none=True)
+    for task in idx:
+        with autocast(s.device):
+            support, query = (model.backbone(s.bank.take(o.flatten())).float() for o in (task[:, :1], task[:, 1:]))
+        logits = published_head(support, ys, query, model.base, second=True)
+        (F.cross_entropy(logits, yq)/len(idx)).backward()
+
+def _gradients(model, step):
+    step()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+
+def _peak(step):
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()/1e6
+
 def _phase2(s):
-    model, shape = MTL(scale_shift(_backbone(s)), BaseLearner(s.widths[-1], 5, 0.01, 20)).to(s.device).train(), TaskShape(5, 1, 15)
+    model = MTL(scale_shift(_backbone(s)), BaseLearner(s.widths[-1], 5, 0.01, 20)).to(s.device).train()
+    shape = TaskShape(5, 1, 15)
     (ys, yq), idx = (shape.labels(n).to(s.device) for n in (1, 15)), next(TaskSampler(s.bank.by_class, shape, 4))
-    def ours(tasks_at_once=4, forward=model):
-        model.zero_grad(set_to_none=True)
-        for part in idx.split(tasks_at_once): (F.cross_entropy(forward(s.bank.take(part), shape).flatten(0, 1), yq.repeat(len(part)))*len(part)/len(idx)).backward()
-    def theirs():
-        model.zero_grad(set_to_none=True)
-        for task in idx:
-            with autocast(s.device): support, query = (model.backbone(s.bank.take(o.flatten())).float() for o in (task[:, :1], task[:, 1:]))
-            (F.cross_entropy(published_head(support, ys, query, model.base, second=True), yq)/len(idx)).backward()
-    what, note = f"4 tasks, 1-shot, width {s.widths[-1]}, {s.bank.x.shape[-1]} × {s.bank.x.shape[-1]}", "an outer step of 20 inner steps, second order"
+    def ours(n=4, forward=None): _ours_step(s, model, shape, idx, yq, n, forward)
+    def theirs(): _published_step(s, model, idx, ys, yq)
+    what = f"4 tasks, 1-shot, width {s.widths[-1]}, {s.bank.x.shape[-1]} × {s.bank.x.shape[-1]}"
+    note = "an outer step of 20 inner steps, second order"
     for n, way in ((4, "all at once"), (1, "one at a time")):
-        a, b = ((step(), {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad})[1] for step in (lambda: ours(n), theirs))
+        a, b = _gradients(model, lambda: ours(n)), _gradients(model, theirs)
         off = max(((a[k] - b[k]).abs().max()/b[k].abs().max()).item() for k in b)
         agree = dict(ok=off < (1e-3 if s.device.type == "cpu" else .1), compared=len(b), largest=off)
         yield _row("phase2", f"{what}, {way}", "tasks/s", *s.race(lambda: ours(n), theirs), 4, note, agree)
-    if s.device.type == "cuda":
-        peak = lambda f: (torch.cuda.reset_peak_memory_stats(), f(), torch.cuda.max_memory_allocated()/1e6)[2]
-        yield _row("phase2", f"peak memory, {what}", "MB", [peak(ours)], [peak(theirs)])
-        try: yield _row("phase2", f"{what}, compiled", "tasks/s", *s.race(lambda fast=torch.compile(model): ours(4, fast), theirs), 4, f"{note}; compiled before the clock starts")
-        except Exception as e: print(f"torch.compile does not work here and is left out: {str(e).splitlines()[0]}")
+    if s.device.type != "cuda": return
+    yield _row("phase2", f"peak memory, {what}", "MB", [_peak(ours)], [_peak(theirs)])
+    try:
+        fast = torch.compile(model)
+        times = s.race(lambda: ours(4, fast), theirs)
+        yield _row("phase2", f"{what}, compiled", "tasks/s", *times, 4, f"{note}; compiled before the clock starts")
+    except Exception as e: print(f"torch.compile does not work here and is left out: {str(e).splitlines()[0]}")
 
 # %% ../../nbs/91_experiments.speed.ipynb #a355b816
-def _write_files(bank, folder): # PNGs in class folders, in the bank's order
+def _write_files(bank, folder):
+    "PNGs in class folders, in the bank's order."
     for i, (x, y) in enumerate(zip(bank.x.cpu(), bank.y.tolist())):
         path = Path(folder)/f"class {y:03}"/f"{i:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
 
-def _files(folder, s, bank): # the same images as published: plain, and augmented by a loader
-    plain, dice = [transforms.ToTensor(), transforms.Normalize([MEAN]*3, [STD]*3)], [transforms.RandomCrop(tuple(bank.x.shape[2:]), padding=4), transforms.RandomHorizontalFlip()]
-    room = shutil.disk_usage("/dev/shm").free//(16*s.batch*bank.x[0].numel()) if Path("/dev/shm").is_dir() else 8 # where workers leave their batches
+def _files(folder, s, bank):
+    "The same images as published: plain, and augmented by a loader."
+    from torchvision import datasets, transforms
+    plain = [transforms.ToTensor(), transforms.Normalize([MEAN]*3, [STD]*3)]
+    augmented = [transforms.RandomCrop(tuple(bank.x.shape[2:]), padding=4), transforms.RandomHorizontalFlip(), *plain]
+    shared, batch_bytes = Path("/dev/shm"), 16*s.batch*bank.x[0].numel() # where workers leave their batches
+    room = shutil.disk_usage(shared).free//batch_bytes if shared.is_dir() else 8
     workers = min(8, torch.get_num_threads(), room) if len(bank) > 1000 else 0
-    loader = DataLoader(datasets.ImageFolder(folder, transforms.Compose(dice + plain)), s.batch, shuffle=True, drop_last=True, num_workers=workers,
-        persistent_workers=workers > 0, pin_memory=s.device.type == "cuda", generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(datasets.ImageFolder(folder, transforms.Compose(augmented)), s.batch, shuffle=True,
+        drop_last=True, num_workers=workers, persistent_workers=workers > 0, pin_memory=s.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0))
     return datasets.ImageFolder(folder, transforms.Compose(plain)), loader
 
 # %% ../../nbs/91_experiments.speed.ipynb #d6eae03e
+def _file_epoch(s, cfg, state, loader):
+    "An epoch of phase 1 from a loader of files."
+    for x, y in loader:
+        with autocast(s.device): logits = state.model(x.to(s.device, non_blocking=True))
+        state.opt.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float(), y.to(s.device), label_smoothing=cfg.smoothing).backward()
+        state.opt.step()
+
 def _phase1(s):
-    part, crop, g = _part(s.bank, s.files), dict(pad=4, flip=True, jitter=0.), torch.Generator().manual_seed(0)
+    part, crop, g = _part(s.bank, s.files), AugmentConfig(4, True), torch.Generator().manual_seed(0)
     n, order, size = len(part)//s.batch*s.batch, torch.randperm(len(part), generator=g), part.x.shape[-1]
     cfg = PretrainConfig(epochs=s.repeats + 1, batch=s.batch, lr=.01, augment=crop)
     state, other = (pretrain_state(ResNet12(s.widths), len(part.names), cfg, s.device) for _ in range(2))
-    epochs, model = pretrain(state, part, cfg), other.model.train()
-    def bank_images(): return [augment(part.take(o), g, **crop) for o in order[:n].split(s.batch)][-1]
+    epochs, _ = pretrain(state, part, cfg), other.model.train()
+    def bank_images(): return [crop(part.take(o), g) for o in order[:n].split(s.batch)][-1]
     def file_images(): return [x.to(s.device, non_blocking=True) for x, _ in loader][-1]
-    def file_epoch():
-        for x, y in loader:
-            with autocast(s.device): logits = model(x.to(s.device, non_blocking=True))
-            other.opt.zero_grad(set_to_none=True); F.cross_entropy(logits.float(), y.to(s.device), label_smoothing=cfg.smoothing).backward(); other.opt.step()
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch.random.fork_rng([]): # torchvision's dice are the global ones
+    # torchvision's transforms use the global generator
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, torch.random.fork_rng([]):
         _write_files(part, folder)
         plain, loader = _files(folder, s, part)
         off = max((plain[i][0] - part.take(torch.tensor(i)).cpu()).abs().max().item() for i in range(0, n, 7))
-        images, steps = s.race(bank_images, file_images), s.race(lambda: next(epochs), file_epoch)
-    more = dict(note=f"as published: files read by {loader.num_workers or 'no'} extra processes", agree=dict(ok=off < 1e-5, compared=len(range(0, n, 7)), largest=off))
-    yield _row("phase1", f"images of {size} × {size}, cropped and flipped", "images/s", *images, n, **more)
-    yield _row("phase1", f"training, width {s.widths[-1]}, {size} × {size}", "images/s", *steps, n, **more)
-    work, top = [3*n*conv_flops(model.net, size)/t/1e9 for t in steps[0]], statistics.median(_ceiling(s)[0])/1e9
-    yield _row("phase1", f"arithmetic of training, width {s.widths[-1]}", "GFLOP/s", work, note=f"a large matrix product: {top:,.0f}", share=round(statistics.median(work)/top, 3))
+        images = s.race(bank_images, file_images)
+        steps = s.race(lambda: next(epochs), lambda: _file_epoch(s, cfg, other, loader))
+    note = f"as published: files read by {loader.num_workers or 'no'} extra processes"
+    agree = dict(ok=off < 1e-5, compared=len(range(0, n, 7)), largest=off)
+    yield _row("phase1", f"images of {size} × {size}, cropped and flipped", "images/s", *images, n, note, agree)
+    yield _row("phase1", f"training, width {s.widths[-1]}, {size} × {size}", "images/s", *steps, n, note, agree)
+    work = [3*n*conv_flops(state.model.net, size)/t/1e9 for t in steps[0]]
+    top = statistics.median(_ceiling(s)[0])/1e9
+    yield _row("phase1", f"arithmetic of training, width {s.widths[-1]}", "GFLOP/s", work,
+               note=f"a large matrix product: {top:,.0f}", share=round(statistics.median(work)/top, 3))
 
 # %% ../../nbs/91_experiments.speed.ipynb #211f14a6
+_CLOCK = """
+from time import perf_counter as clock
+a = clock()
+import torch
+b = clock()
+import mtl_nb
+c = clock()
+import mtl_nb.experiments.run
+print(b - a, c - b, clock() - c)
+"""
+
 def _start(s):
-    clock = "from time import perf_counter as t; a = t(); import torch; b = t(); import mtl_nb; c = t(); import mtl_nb.experiments; print(b - a, c - b, t() - c)"
-    runs = zip(*[map(float, _fresh(clock)) for _ in range(s.fresh)])
-    for what, xs in zip(("import torch", "import mtl_nb, after it", "import mtl_nb.experiments, after these"), runs): yield _row("start", what, "s", xs)
-    with TemporaryDirectory(ignore_cleanup_errors=True) as tmp, mock.patch.dict(os.environ, MTL_NB_CACHE=f"{tmp}/cache"):
+    runs = zip(*[map(float, _fresh(_CLOCK)) for _ in range(s.fresh)])
+    names = "import torch", "import mtl_nb, after it", "import mtl_nb.experiments.run, after these"
+    for what, xs in zip(names, runs): yield _row("start", what, "s", xs)
+    cache = TemporaryDirectory(ignore_cleanup_errors=True)
+    with cache as tmp, mock.patch.dict(os.environ, MTL_NB_CACHE=f"{tmp}/cache"):
         root, found = s.root or Path(tmp)/"images", []
         if not s.root: _write_files(_part(s.bank, s.files), root)
-        def look(): found.append(sum(map(len, folder_splits(root).values() if (root/"train").is_dir() else [folder_bank(root)])))
-        def anew(): shutil.rmtree(f"{tmp}/cache", ignore_errors=True); look()
+        def look():
+            banks = folder_splits(root).values() if (root/"train").is_dir() else [folder_bank(root)]
+            found.append(sum(map(len, banks)))
+        def anew():
+            shutil.rmtree(f"{tmp}/cache", ignore_errors=True)
+            look()
         times, agree = s.race(look, anew), dict(ok=len(set(found)) == 1, compared=len(found))
-    yield _row("start", f"opening a folder of {found[0]:,} images for the second time", "s", *times, note="as published: decoded, as we do the first time", agree=agree)
+    what = f"opening a folder of {found[0]:,} images for the second time"
+    yield _row("start", what, "s", *times, note="as published: decoded, as we do the first time", agree=agree)
 
 # %% ../../nbs/91_experiments.speed.ipynb #3183eed3
-def _curves(s): # rows with `axis`, `x` and `floor` (seconds)
-    top, base, net = _ceiling(s), dict(tasks=max(2, s.tasks//20), shots=1, steps=100, features=512), _backbone(s)
+def _curves(s):
+    "Rows with `axis`, `x` and `floor` (seconds)."
+    top, net = _ceiling(s), _backbone(s)
+    usual = dict(tasks=max(2, s.tasks//20), shots=1, steps=100, features=512)
     yield _row("curves", "a large matrix product", "GFLOP/s", [v/1e9 for v in top[0]])
     yield _row("curves", "a large copy, read and written", "GB/s", [v/1e9 for v in top[1]])
-    floor = lambda flops, size: float(f"{max(flops/max(top[0]), size/max(top[1])):.4g}")
-    exams = {k: make_exam(s.bank, TaskShape(5, k, 15), tasks=s.tasks) for k in (1, 2, 5, 10, 20) if k + 15 <= min(map(len, s.bank.by_class))}
-    axes = dict(tasks=[max(2, s.tasks//f) for f in (100, 30, 10, 3, 1)], shots=exams, steps=(10, 30, 100, 300), features=(64, 128, 256, 512, 1024))
+    def floor(flops, size): return float(f"{max(flops/max(top[0]), size/max(top[1])):.4g}")
+    least = min(map(len, s.bank.by_class))
+    exams = {k: make_exam(s.bank, TaskShape(5, k, 15), tasks=s.tasks) for k in (1, 2, 5, 10, 20) if k + 15 <= least}
+    axes = dict(tasks=[max(2, s.tasks//f) for f in (100, 30, 10, 3, 1)], shots=exams, steps=(10, 30, 100, 300),
+                features=(64, 128, 256, 512, 1024))
     for axis, x in ((axis, x) for axis, xs in axes.items() for x in xs):
-        T, k, steps, D = (base | {axis: x}).values()
-        feats, exam, head, n, m = _cached(s, D), exams[k].first(T), BaseLearner(D, 5, 0.01, steps).to(s.device), 5*k, 75
+        T, k, steps, D = (usual | {axis: x}).values()
+        feats, exam, n, m = _cached(s, D), exams[k].first(T), 5*k, 75
+        head = BaseLearner(D, 5, 0.01, steps).to(s.device)
         flops = 2*n*D*(n + 10) + 2*steps*n*n*5 + 2*m*D*5
-        yield _row("curves", f"exam, {x:,} {axis}", "s", s.race(lambda: evaluate(feats, exam, head))[0], axis=axis, x=x, floor=floor(T*flops, T*(n + m)*(4*D + 8)))
+        times = s.race(lambda: evaluate(feats, exam, head))[0]
+        low = floor(T*flops, T*(n + m)*(4*D + 8))
+        yield _row("curves", f"exam, {x:,} {axis}", "s", times, axis=axis, x=x, floor=low)
     for some in (_part(s.bank, len(s.bank)//f) for f in (48, 24, 12)):
-        least = floor(len(some)*conv_flops(net, some.x.shape[-1]), some.x.numel())
-        yield _row("curves", f"features, {len(some):,} images", "s", s.race(lambda: features(net, some))[0], axis="images", x=len(some), floor=least)
+        low = floor(len(some)*conv_flops(net, some.x.shape[-1]), some.x.numel())
+        times = s.race(lambda: features(net, some))[0]
+        yield _row("curves", f"features, {len(some):,} images", "s", times, axis="images", x=len(some), floor=low)
 
 # %% ../../nbs/91_experiments.speed.ipynb #876e0bc9
 _PARTS = dict(exam=_exam, images=_images, phase2=_phase2, phase1=_phase1, start=_start, curves=_curves)
 
 def _line(r):
-    show = lambda m: f"{m['median']:,.4g} ({m['low']:,.4g} to {m['high']:,.4g})"
-    text = f"{r['part']}: {r['what']}: {show(r['ours'])} {r['unit']}" + (f", as published {show(r['theirs'])}, ratio {show(r['ratio'])}" if r["theirs"] else "")
-    return text + (", both agree" if r["agree"]["ok"] else ", THEY DIFFER") if r["agree"] else text
+    "A row as a line of text."
+    def show(m): return f"{m['median']:,.4g} ({m['low']:,.4g} to {m['high']:,.4g})"
+    text = f"{r['part']}: {r['what']}: {show(r['ours'])} {r['unit']}"
+    if r["theirs"]: text += f", as published {show(r['theirs'])}, ratio {show(r['ratio'])}"
+    if r["agree"]: text += ", both agree" if r["agree"]["ok"] else ", THEY DIFFER"
+    return text
 
 def _check(banks, parts, out, root):
-    if not parts or not set(parts) <= set(_PARTS): raise BadInput(f"--parts are {', '.join(_PARTS)}; got {', '.join(parts) or 'none'}")
-    if banks is not None and "train" not in banks: raise BadInput(f"the data must have a train split, got {', '.join(banks) or 'none'}")
+    known = f"--parts are {', '.join(_PARTS)}; got {', '.join(parts) or 'none'}"
+    require(parts and set(parts) <= set(_PARTS), known)
+    splits = ", ".join(banks or ()) or "none"
+    require(banks is None or "train" in banks, f"the data must have a train split, got {splits}")
     for folder in filter(None, (out and Path(out).absolute().parent, root)):
-        if not Path(folder).is_dir(): raise BadInput(f"no such folder: {folder}")
+        require(Path(folder).is_dir(), f"no such folder: {folder}")
     for split, bank in (banks or {}).items():
-        if min(bank.x.shape[2:]) < 16: raise BadInput(f"images of {min(bank.x.shape[2:])} pixels are too small: ResNet-12 needs 16; set --size")
+        small = min(bank.x.shape[2:])
+        require(small >= 16, f"images of {small} pixels are too small: ResNet-12 needs 16; set --size")
         TaskShape(5, 5, 15).check(bank, f"'{split}'")
 
 # %% ../../nbs/91_experiments.speed.ipynb #cdf2f6fb
+def _settings(banks, device, toy, root):
+    "The setting of the evaluation, and those of phases 1 and 2: narrow, and on a GPU at full width too."
+    named = banks and (banks.get("test") or banks.get("val") or banks["train"])
+    exam = _setting(device, toy, named, root=root and Path(root))
+    train = [_setting(device, toy, banks["train"]) if banks else exam]
+    if device.type == "cuda" and not toy:
+        bank = banks["train"] if banks else _synthetic(20, 600, 84)
+        train.append(_setting(device, bank=bank, widths=(64, 128, 256, 512), files=12_000))
+    return exam, train
+
 def bench(
-    banks:dict[str,ImageBank]|None=None, # train and, for the exam, test or val; None: made-up images
+    banks:dict[str,ImageBank]|None=None, # train and, for the evaluation, test or val; None: made-up images
     device:torch.device=torch.device("cpu"), # where to measure
-    parts:tuple[str,...]=tuple(_PARTS), # which of exam, images, phase2, phase1, start, curves
+    parts:tuple[str,...]=tuple(_PARTS), # which of them to measure
     out:Path|None=None, # where to write the record
     toy:bool=False, # seconds instead of minutes, and nothing to quote
-    root:Path|None=None, # a class folder, or one with splits, for `start` to open; None: files are written for it
-) -> dict: # the record, as written: schema, kind, toy, device, versions, rows; raises `BadInput` at the door
+    # a class folder, or one with splits, for `start` to open; None: files are written for it
+    root:Path|None=None,
+) -> dict: # the record, as written: schema, kind, toy, device, versions, rows; raises `BadInput` for bad options
     "Measure each part beside the published way, in this process; print a line a row."
     _check(banks, parts, out, root)
-    exam = _setting(device, toy, banks and (banks.get("test") or banks.get("val") or banks["train"]), root=root and Path(root))
-    train, rows = [_setting(device, toy, banks["train"]) if banks else exam], []
-    if device.type == "cuda" and not toy: train.append(_setting(device, bank=banks["train"] if banks else _synthetic(20, 600, 84), widths=(64, 128, 256, 512), files=12_000))
+    exam, train = _settings(banks, device, toy, root)
+    rows = []
     for part in dict.fromkeys(parts):
         for s in train if part in ("phase1", "phase2") else [exam]:
-            for r in _PARTS[part](s): rows.append(r); print(_line(r), flush=True)
-    record = dict(schema=1, kind="speed", toy=toy, device=str(Runtime(device)), versions=dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version()), rows=rows)
+            for r in _PARTS[part](s):
+                rows.append(r)
+                print(_line(r), flush=True)
+    versions = dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version())
+    record = dict(schema=1, kind="speed", toy=toy, device=str(Runtime(device)), versions=versions, rows=rows)
     if out: atomic_write(Path(out), json.dumps(record, indent=1).encode())
     return record

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mtl_nb import speed
+from mtl_nb.experiments import speed
 from mtl_nb.core import BadInput
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.experiments.speed import bench, conv_flops, published_head, race
@@ -23,7 +23,7 @@ def record(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed")/"speed-cpu.json"
     state = torch.get_rng_state()
     made = bench(toy=True, out=out)
-    assert torch.equal(state, torch.get_rng_state()), "the global dice were used"
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
     return made, json.loads(out.read_text())
 
 
