@@ -160,7 +160,7 @@ def models_of(
     elif load(path)[1].get("kind") == "backbone": theta, head, todo = path, {k: (0.01, 100) for k in shots}, [("head only", way, k, 0.01, 100) for k in shots]
     else:
         method, model, record = load_model(path, device)
-        return [(method.published, TaskShape(record["way"], record["shot"]), method, model)]
+        return [(method.label, TaskShape(record["way"], record["shot"]), method, model)]
     net, centre, _ = load_backbone(theta, device)
     out = []
     for name, n, k, lr, steps in todo:
@@ -232,8 +232,8 @@ def mtl_meta_test(
         for label, shape, method, model in models:
             shape = replace(shape, n_query=query)
             shape.check(bank, f"'{split}'")
-            if method.most < tasks: print(f"{label}, {shape.k_shot}-shot: takes long, and sits the first {method.most} tasks", flush=True)
-            result, first = method.evaluate(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, looks=looks)[0], label.startswith("head only")
+            if method.eval_limit < tasks: print(f"{label}, {shape.k_shot}-shot: takes long, and sits the first {method.eval_limit} tasks", flush=True)
+            result, first = method.evaluate(model, bank, [Protocol("standard", shape, tasks, seed=seed)], split, tta=looks)[0], label.startswith("head only")
             if first: rivals[shape.k_shot] = result
             rows.append(row(label, result, seed, None if first else rivals.get(shape.k_shot)))
         print("\n" + table(dict(rows=rows, data=dict(name=name), recipe=asdict(recipe) if recipe else {})))

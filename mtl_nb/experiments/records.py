@@ -23,7 +23,7 @@ from ..core import BadInput, read_json, require
 from ..evaluation.meta_test import Result
 from ..evaluation.stats import mean_ci, paired_diff
 from .config import config_from_record, explain
-from ..methods.ablations import ALIASES
+from ..methods.base import recorded_label
 
 # %% ../../nbs/38_experiments.records.ipynb #6448fe61
 def correct_counts(
@@ -170,7 +170,7 @@ def _read_row(row, file, config, theta):
     require(row["seed"] == config.seed,
             f"{file} is damaged: the seed of a row is {row['seed']}, that of its config {config.seed}")
     phase1 = theta or config.backbone or f"seed {row['seed']}"
-    label = ALIASES.get(row["method"], row["method"])
+    label = recorded_label(row["method"])
     row = row | dict(file=file.name, method=label, phase1=phase1, own=not config.backbone)
     _check_answers(row, file)
     return row

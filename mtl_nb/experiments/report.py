@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..methods.ablations import ALIASES, ROWS
+from ..methods.ablations import ABLATIONS
+from ..methods.base import recorded_label
 from ..core import atomic_write
 from .compare import EQUAL, Cell, Table, accuracy_at, by_seed, gain, of_one_recipe, places, rows_at, same_exam
 from .records import read_results
@@ -97,8 +98,8 @@ def table1(
     rows, paper = rows_at(runs, data, preset, split, protocol), PAPER.get(data)
     split = split or (rows[0]["split"] if rows else "test")
     for k in SHOTS: same_exam([r for r in rows if r["shot"] == k])
-    names = [ALIASES.get(k, k) for k in ROWS if "," not in k] + [EQUAL]
-    names += [m for m in dict.fromkeys([*ROWS, *(r["method"] for r in rows)]) if m not in names and any(m == r["method"] for r in rows)]
+    names = [m.label for m in ABLATIONS if m.group == "table1"] + [EQUAL]
+    names += [m for m in dict.fromkeys([*(m.label for m in ABLATIONS), *(r["method"] for r in rows)]) if m not in names and any(m == r["method"] for r in rows)]
     columns, body = ["what is updated"], []
     for k in SHOTS: columns += [f"{k}-shot", f"{k}-shot, the paper"] if paper else [f"{k}-shot"]
     for m in names:
@@ -120,7 +121,7 @@ def beside(
         for _, preset, split in (p for p in places(runs) if p[0] == data):
             rows = rows_at(runs, data, preset, split, protocol)
             for k in SHOTS: seen.setdefault((split, k), []).extend(r for r in rows if r["shot"] == k)
-            names = ["head only", EQUAL, "MTL", "MTL + HT"] + [m for m in dict.fromkeys(r["method"] for r in rows) if m not in (*ROWS, *ALIASES.values(), EQUAL)]
+            names = ["head only", EQUAL, "MTL", "MTL + HT"] + [m for m in dict.fromkeys(r["method"] for r in rows) if m not in (*(o.label for o in ABLATIONS), EQUAL)]
             found += [(f"here: {m}, {preset}, {split}, {protocol} protocol", *(accuracy_at(rows, m, k) for k in SHOTS)) for m in names if any(m == r["method"] for r in rows)]
         for rows in seen.values(): same_exam(rows)
         wanting = [m for m in PAPER.get(data, {}) if m.startswith(("MAML", "TADAM")) and not any(m == r["method"] for rows in seen.values() for r in rows)]
@@ -129,7 +130,7 @@ def beside(
     return Table(f"{number}{data}: 5-way accuracy in %", ("method", *(f"{k}-shot" for k in SHOTS)), body, ("± here is the 95 % interval: of one seed over tasks, of several over seeds", MARKS))
 
 # %% ../../nbs/42_experiments.report.ipynb #45b87e08
-PAIRS = [(ALIASES.get(f"{k} + HT", f"{k} + HT"), ALIASES.get(k, k)) for k in ("FT θ", "FT [Θ4;θ]", "FT [Θ;θ]", "SS [Θ4;θ]", "SS [Θ;θ]")] + [
+PAIRS = [(recorded_label(f"{k} + HT"), recorded_label(k)) for k in ("FT θ", "FT [Θ4;θ]", "FT [Θ;θ]", "SS [Θ4;θ]", "SS [Θ;θ]")] + [
     ("SS [Θ4;θ]", "FT [Θ4;θ]"), ("MTL", "FT [Θ;θ]"), ("update [Θ;θ]", "head only"), ("MTL", "head only"), ("MTL", EQUAL), ("MTL + HT", "head only"), ("MTL + HT", EQUAL)]
 
 def _narrow(table):

@@ -20,11 +20,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..methods.ablations import trained
 from ..models.base_learner import BaseLearner
 from ..train.checkpoints import RunFolder, save
 from ..core import read_json, sha256, atomic_write
-from ..methods.base import check_tta, get_method, get_inner, load_model
+from ..methods.base import check_tta, get_method, get_inner, load_model, trained
 from ..core import BadInput, require
 from ..data.bank import ImageBank
 from ..train.distributed import Runtime
@@ -135,7 +134,7 @@ def phase_two(
         best = dict(tasks=0, accuracy=look(), tensors=trained(model)); folder.log.append(dict(phase=2, run=name, tasks=0, val=best["accuracy"]))
     due, bar = (state.done//recipe.eval_every + 1)*recipe.eval_every, tqdm(total=cfg.tasks, initial=state.done, desc=f"phase 2, {name}", leave=False)
     how = dict(tasks_at_once=runtime.tasks_at_once or (1 if runtime.device.type == "cpu" else 0), team=team, call=runtime.compile(model))
-    for record in method.loop(state, tasks, banks["train"], cfg, **how) if not _stale(recipe, best, state.done) else ():
+    for record in method.train(state, tasks, banks["train"], cfg, **how) if not _stale(recipe, best, state.done) else ():
         record.pop("by_class"); bar.update(record["tasks"] - bar.n)
         if state.done >= due or state.done >= cfg.tasks:
             due += recipe.eval_every
@@ -149,9 +148,9 @@ def phase_two(
     bar.close()
     model.load_state_dict(best["tensors"], strict=False)
     chosen, (lr, steps) = method.tune(model, banks["val"], select, team, recipe.augmentation(banks["train"])), get_inner(model)
-    print(f"{method.published}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; {f'with inner rate {lr}, steps {steps}: ' if lr else ''}{100*chosen:.2f} %", flush=True)
+    print(f"{method.label}, {k_shot}-shot: best on val after {best['tasks']} of {state.done} tasks; {f'with inner rate {lr}, steps {steps}: ' if lr else ''}{100*chosen:.2f} %", flush=True)
     folder.save_state(name, train=state, tasks=tasks, best=best, seconds=seconds + time.perf_counter() - began) # with the whole log, before there are weights
-    save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=method.published, way=recipe.way, shot=k_shot, hard=method.hard, lr=lr, steps=steps, size=size,
+    save(folder.path/f"{name}.safetensors", best["tensors"], dict(kind="mtl", method=method.label, way=recipe.way, shot=k_shot, hard=method.hard, lr=lr, steps=steps, size=size,
         tasks=best["tasks"], backbone=theta.name, backbone_sha256=sha256(theta), recipe=recipe.digest(), seconds=seconds + time.perf_counter() - began))
     folder.save_state(name, done=True)
 
@@ -272,7 +271,7 @@ def run(
         rivals = {p.name: meta_test(head(p.mirrored, lr, steps), banks[recipe.eval_split], p, recipe.eval_split, once if p.mirrored else seen[recipe.eval_split][0], team, seen[recipe.eval_split][1]) for p in protocols}
         rows += [row(recipe.head_label, r, recipe.seed) for r in rivals.values()]
         for method in map(get_method, recipe.methods):
-            spent, name = {}, method.published
+            spent, name = {}, method.label
             if method.meta:
                 _, model, meta = load_model(folder.path/f"{method.file_stem(k)}.safetensors", device)
                 seconds["meta_train"] += meta["seconds"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mtl_nb.methods.ablations import evaluate_images
+from mtl_nb.methods.base import evaluate_images
 from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.train.checkpoints import load
 from mtl_nb.core import BadInput
