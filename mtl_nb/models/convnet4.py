@@ -1,4 +1,4 @@
-"""The small network of MAML's time.
+"""The small network that MAML was published with.
 
 Docs: https://mtl-nb.github.io/mtl_nb/models.convnet4.html.md"""
 
@@ -11,6 +11,7 @@ __all__ = ['ConvNet4']
 import torch
 from torch import Tensor, nn
 
+from ..core import require
 from .backbones import register_backbone
 
 # %% ../../nbs/84_models.convnet4.ipynb #be916c4b
@@ -19,19 +20,29 @@ class ConvNet4(nn.Module):
     "Four times: 3×3 convolution, batch norm, ReLU, 2×2 max-pooling (Vinyals et al. 2016)."
     def __init__(self,
         width:int=32, # channels of each layer: 32 in MAML, 64 elsewhere
-        size:int=0, # pixels a side, if features are flattened as in the papers; 0: their mean over the image, at any size
+        size:int=0, # pixels a side, if features are flattened as in the papers; 0: the mean over an image of any size
         seed:int=0, # of the initial weights
     ):
         super().__init__()
-        if size and size < 16: raise ValueError(f"four poolings need images of at least 16 pixels a side, got {size}")
-        layer = lambda i: nn.Sequential(nn.Conv2d(i, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2))
+        require(not size or size >= 16, f"four poolings need images of at least 16 pixels a side, got {size}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.blocks = nn.Sequential(*map(layer, (3, width, width, width)))
-        self.size, self.num_features = size, width*(size//16)**2 if size else width
+            self.blocks = nn.Sequential(*[self.block(i, width) for i in (3, width, width, width)])
+        self.size = size
+        self.num_features = width*(size//16)**2 if size else width
+    @staticmethod
+    def block(
+        c_in:int, # channels in
+        c_out:int, # channels out
+    ) -> nn.Sequential: # [B,c_in,H,W] -> [B,c_out,H//2,W//2]
+        "One of the four."
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(), nn.MaxPool2d(2))
     def forward(self,
         x:Tensor, # float [B,3,H,W]
     ) -> Tensor: # [B,D]
-        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16: raise ValueError(f"ConvNet4 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
-        if self.size and list(x.shape[2:]) != [self.size]*2: raise ValueError(f"this ConvNet4 was made for {self.size} pixels a side, got {list(x.shape[2:])}")
+        "The features of a batch of images."
+        fits = x.dim() == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= 16
+        require(fits, f"ConvNet4 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
+        right = not self.size or list(x.shape[2:]) == [self.size]*2
+        require(right, f"this ConvNet4 was made for {self.size} pixels a side, got {list(x.shape[2:])}")
         return self.blocks(x).flatten(1) if self.size else self.blocks(x).mean((2, 3))
