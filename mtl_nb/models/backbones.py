@@ -38,7 +38,7 @@ def backbone_names() -> list[str]: # in the order in which they were registered
     discover("mtl_nb.models")
     return list(BACKBONES)
 
-# %% ../../nbs/25_models.backbones.ipynb #9d2b0e0a
+# %% ../../nbs/25_models.backbones.ipynb #664312fc
 @contextmanager
 def _evaluation_mode(net):
     "The network in evaluation mode without gradients; afterwards each of its modules is in its mode of before."
@@ -66,7 +66,7 @@ def check_backbone(
             raise BadInput(f"{name} cannot take pictures of shape {list(x.shape)} ({reason})") from e
     for out, want in (both, [2, d]), (one, [1, d]):
         got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        require(got == want, f"{name} must return {want} for {want[0]} pictures, got {got} (num_features is {d})")
+        require(got == want, f"{name} must return {want} for {want[:1] + list(x.shape[1:])}, got {got}")
     require(both.is_floating_point(), f"{name} must return floating-point features, got {both.dtype}")
     require(bool(both.isfinite().all()), f"{name} returns features that are not finite")
     near = torch.allclose(one, both[:1], rtol=1e-3, atol=1e-3*float(both.abs().max()))
