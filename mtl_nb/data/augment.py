@@ -14,43 +14,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bank import send
 from ..core import require
+from .bank import send
 
 # %% ../../nbs/82_data.augment.ipynb #098bfd86
 def draw_augment(
     n:int, # images
     g:torch.Generator, # a CPU generator
-) -> Tensor: # float32 [n,7] uniform numbers from 0 to 1: zoom, move across, move down, mirror, brightness, contrast, saturation
+) -> Tensor: # float32 [n,7] from 0 to 1: zoom, shift right, shift down, mirror, brightness, contrast, saturation
     "All that `augment` draws for a batch; whoever skips a batch calls it to keep the generator in step."
     return torch.rand(n, 7, generator=g)
 
 # %% ../../nbs/82_data.augment.ipynb #98943fa8
+def _resample(x, u, pad, flip, zoom):
+    "Crop, mirror and zoom by the first four columns of `u` [B,7], numbers from -1 to 1."
+    side = 1 - (1 - zoom)*(u[:, 0] + 1)/2
+    pixel = send(2/torch.tensor([x.shape[-1], x.shape[-2]], dtype=x.dtype), x.device)
+    move = u[:, 1:3]*(1 - side)[:, None] + (u[:, 1:3]*(pad + .5)).round().clamp(-pad, pad)*pixel
+    mirror = torch.where(u[:, 3] < 0, -1., 1.) if flip else torch.ones_like(side)
+    matrix = x.new_zeros(len(x), 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1], matrix[:, :, 2] = side*mirror, side, move
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+def _change_colours(x, u, jitter):
+    "Brightness, contrast and saturation by the last three columns of `u` [B,7], numbers from -1 to 1."
+    a = (u[:, 4:]*jitter)[:, :, None, None, None]
+    grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
+    x = grey + (x - grey)*(1 + a[:, 0])
+    return mean + (x - mean)*(1 + a[:, 1]) + 2*a[:, 2]
+
 def augment(
     x:Tensor, # float [B,C,H,W] normalised images
     g:torch.Generator, # a CPU generator; the same state gives the same augmentation on every device
     pad:int=4, # shift by up to this many pixels either way, the border mirrored
     flip:bool=True, # mirror half of the images left to right
     jitter:float=0., # brightness, contrast and saturation vary by up to this fraction
-    zoom:float=1., # the crop's side is between this fraction of the image and all of it
-    of:tuple[int,int]|None=None, # (first, all): `x` is the images from `first` on of a batch of `all`; the dice of all are rolled
+    zoom:float=1., # the side of the crop is between this fraction of the image and all of it
+    # (first, all): `x` is the images from `first` on of a batch of `all`; random numbers are drawn for all of it
+    of:tuple[int,int]|None=None,
 ) -> Tensor: # float [B,C,H,W]
-    "A random crop, flip and colour jitter for each image, all in one batched resampling."
+    "A random crop, flip and colour jitter for each image, in one batched resampling."
     first, n = of or (0, len(x))
     u = send(draw_augment(n, g).mul_(2).sub_(1)[first:first + len(x)], x.device)
-    side = 1 - (1 - zoom)*(u[:, 0] + 1)/2
-    pixel = send(2/torch.tensor([x.shape[-1], x.shape[-2]], dtype=x.dtype), x.device)
-    move = u[:, 1:3]*(1 - side)[:, None] + (u[:, 1:3]*(pad + .5)).round().clamp(-pad, pad)*pixel
-    mirror = torch.where(u[:, 3] < 0, -1., 1.) if flip else torch.ones_like(side)
-    theta = x.new_zeros(len(x), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = side*mirror, side, move
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
-    if jitter:
-        a = (u[:, 4:]*jitter)[:, :, None, None, None]
-        grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
-        x = grey + (x - grey)*(1 + a[:, 0])
-        x = mean + (x - mean)*(1 + a[:, 1]) + 2*a[:, 2]
-    return x
+    x = _resample(x, u, pad, flip, zoom)
+    return _change_colours(x, u, jitter) if jitter else x
 
 # %% ../../nbs/82_data.augment.ipynb #b7aea067
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class AugmentConfig:
     pad:int=4 # shift by up to this many pixels either way, the border mirrored
     flip:bool=True # mirror half of the images left to right
     jitter:float=0. # brightness, contrast and saturation vary by up to this fraction
-    zoom:float=1. # the crop's side is between this fraction of the image and all of it
+    zoom:float=1. # the side of the crop is between this fraction of the image and all of it
     def __post_init__(self):
         require(self.pad >= 0, f"augment: pad must be 0 or more pixels, got {self.pad}")
         require(0 <= self.jitter <= 1, f"augment: jitter must be from 0 to 1, got {self.jitter}")
