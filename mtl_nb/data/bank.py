@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import BadInput
+from ..core import BadInput, require
 
 # %% ../../nbs/01_data.bank.ipynb #39e14582
 def pixel_hash(
@@ -35,11 +35,21 @@ MEAN, STD = 0.5, 0.25
 
 def normalise(
     x:Tensor, # uint8 [...,C,H,W]
-) -> Tensor: # float32 [...,C,H,W] from -2 to 2, of about unit size
+) -> Tensor: # float32 [...,C,H,W] from -2 to 2
     "`(x/255 - 0.5)/0.25`, the same for every set, so that no set's statistics have to travel with the weights."
     return x.to(torch.float32, copy=True).mul_(1/(255*STD)).sub_(MEAN/STD)
 
 # %% ../../nbs/01_data.bank.ipynb #adb05076
+def _check_images(x, y, names):
+    require(x.dtype == torch.uint8 and x.dim() == 4, f"images must be uint8 [n,C,H,W], got {x.dtype} {list(x.shape)}")
+    require(len(x) == len(y) > 0,
+            f"{len(x)} images and {len(y)} labels: need one label an image, and at least one image")
+    low, high = y.min().item(), y.max().item()
+    require(y.dtype == torch.int64 and low >= 0 and high < len(names),
+            f"labels must be int64 in 0..{len(names)-1}, got {y.dtype} in {low}..{high}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    require(not twice, f"class names must differ; more than once: {twice[:3]}")
+
 class ImageBank:
     "All images of one split as one uint8 tensor, sorted by class and, within a class, by pixel hash."
     def __init__(self,
@@ -49,29 +59,28 @@ class ImageBank:
         hashes:Tensor|None=None, # int64 [n] `pixel_hash` of each image as decoded; None: computed from `x`
         skipped:list[str]=(), # files that were left out, for the record
     ):
-        if x.dtype != torch.uint8 or x.dim() != 4: raise BadInput(f"images must be uint8 [n,C,H,W], got {x.dtype} {list(x.shape)}")
-        if len(x) == 0 or len(x) != len(y): raise BadInput(f"{len(x)} images and {len(y)} labels: need one label an image, and at least one image")
-        if y.dtype != torch.int64 or int(y.min()) < 0 or int(y.max()) >= len(names):
-            raise BadInput(f"labels must be int64 in 0..{len(names)-1}, got {y.dtype} in {y.min().item()}..{y.max().item()}")
-        if len(set(names)) != len(names): raise BadInput(f"class names must differ; more than once: {[k for k, v in Counter(names).items() if v > 1][:3]}")
+        _check_images(x, y, names)
         if hashes is None: hashes = torch.tensor([pixel_hash(o.permute(1, 2, 0).numpy()) for o in x.cpu()])
-        if len(hashes) != len(x): raise BadInput(f"{len(x)} images and {len(hashes)} hashes: need one hash an image")
+        require(len(hashes) == len(x), f"{len(x)} images and {len(hashes)} hashes: need one hash an image")
         order = hashes.argsort(stable=True)
         order = order[y[order].argsort(stable=True)]
-        if not torch.equal(order, torch.arange(len(y))): x, y, hashes = x[order.to(x.device)], y[order], hashes[order]
+        in_order = torch.equal(order, torch.arange(len(y)))
+        if not in_order: x, y, hashes = x[order.to(x.device)], y[order], hashes[order]
         self.x, self.y, self.names, self.hashes, self.skipped = x, y, list(names), hashes, list(skipped)
         self.by_class = list(torch.arange(len(y)).split(torch.bincount(y, minlength=len(names)).tolist()))
     def __len__(self): return len(self.y)
-    def __repr__(self): return f"ImageBank({len(self)} images {list(self.x.shape[1:])}, {len(self.names)} classes, on {self.x.device})"
+    def __repr__(self):
+        images = f"{len(self)} images {list(self.x.shape[1:])}"
+        return f"ImageBank({images}, {len(self.names)} classes, on {self.x.device})"
 
 # %% ../../nbs/01_data.bank.ipynb #75faa90b
 def send(
-    x:Tensor, # on the CPU, as a rule
+    x:Tensor, # usually on the CPU
     device:torch.device, # where it is to go
-) -> Tensor: # there
-    "To a GPU through pinned memory, so that the program need not wait until it is there; elsewhere, and where `torch.compile` reads along, just `.to`."
-    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling(): return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+) -> Tensor: # the same tensor there
+    "To a GPU through pinned memory, without waiting; elsewhere, and while `torch.compile` traces, a plain `.to`."
+    pinned = device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 # %% ../../nbs/01_data.bank.ipynb #dbeec4ee
 @patch
@@ -85,7 +94,7 @@ def take(self:ImageBank,
 # %% ../../nbs/01_data.bank.ipynb #4cd7b833
 @patch
 def to(self:ImageBank,
-    device:torch.device|str, # where the pixels should live
+    device:torch.device|str, # where the pixels should be
 ) -> ImageBank: # the same bank with its pixels there; indices and labels stay on the CPU, where tasks are drawn
     "Move the pixels to a device."
     return ImageBank(self.x.to(device), self.y, self.names, self.hashes, self.skipped)
@@ -94,19 +103,20 @@ def to(self:ImageBank,
 @patch
 def subset(self:ImageBank,
     classes:list[int], # which classes, as indices into `names`
-) -> ImageBank: # a bank of these classes alone, numbered in this order
+) -> ImageBank: # a bank of these classes only, numbered in this order
     "A bank of some of the classes."
-    if len(classes) == 0: raise BadInput("a bank needs at least one class")
-    idx = torch.cat([self.by_class[c] for c in classes])
-    y = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(self.by_class[c]) for c in classes]))
+    require(len(classes) > 0, "a bank needs at least one class")
+    positions = [self.by_class[c] for c in classes]
+    idx = torch.cat(positions)
+    y = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(o) for o in positions]))
     return ImageBank(self.x[idx.to(self.x.device)], y, [self.names[c] for c in classes], self.hashes[idx])
 
 @patch
 def first(self:ImageBank,
     each:int, # images of a class, at most
-) -> ImageBank: # a bank of these images alone, with all the classes
-    "The first images of every class; the order within a class is that of the hashes, so they are as good as drawn."
-    idx = torch.cat([c[:each] for c in self.by_class])
+) -> ImageBank: # a bank of these images only, with all the classes
+    "The first images of every class; they are in order of their hashes, which is as good as a random order."
+    idx = torch.cat([positions[:each] for positions in self.by_class])
     return ImageBank(self.x[idx.to(self.x.device)], self.y[idx], self.names, self.hashes[idx])
 
 # %% ../../nbs/01_data.bank.ipynb #83fbc0c0
@@ -122,23 +132,24 @@ def digest(self:ImageBank) -> str: # hexadecimal SHA-256
 # %% ../../nbs/01_data.bank.ipynb #aeb94246
 def check_disjoint(
     splits:dict[str,ImageBank], # banks by split name
-) -> None: # raises `BadInput` when a class stands in two splits
-    "Few-shot learning is tested on classes never seen: no class may stand in two splits."
+) -> None: # raises `BadInput` when a class is in two splits
+    "Few-shot learning is tested on classes never seen: no class may be in two splits."
     seen = {}
     for split, bank in splits.items():
         for name in bank.names:
-            if name in seen: raise BadInput(f"class '{name}' is in both '{seen[name]}' and '{split}': the splits must not share a class")
+            require(name not in seen,
+                    f"class '{name}' is in both '{seen.get(name)}' and '{split}': the splits must not share a class")
             seen[name] = split
 
 # %% ../../nbs/01_data.bank.ipynb #b388a0ac
 def prefetch(
     bank:ImageBank, # in memory, in a memory map, or on the device
     batches:Iterable[Tensor], # int64 [B] positions in the bank, one batch after another, known beforehand
-    device:torch.device, # where the images are wanted
+    device:torch.device, # where the images are needed
     ahead:int=2, # batches that are gathered in advance, when the bank is not on the device itself
 ) -> Iterator[tuple[Tensor,Tensor]]: # normalised images [B,C,H,W] and their labels int64 [B]
-    "The batches in their order; what must be fetched is fetched while the last one is being worked on."
-    if ahead < 0: raise ValueError(f"ahead must not be negative, got {ahead}")
+    "The batches in their order; the next ones are gathered while this one is being used."
+    require(ahead >= 0, f"ahead must not be negative, got {ahead}")
     batches, waiting = iter(batches), deque()
     if bank.x.device.type != "cpu":
         yield from ((bank.take(idx).to(device), send(bank.y[idx], device)) for idx in batches)
@@ -146,7 +157,8 @@ def prefetch(
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     def fetch(idx):
         if not side: return bank.take(idx).to(device), bank.y[idx].to(device)
-        with torch.cuda.stream(side): return normalise(send(bank.x[idx], device)), send(bank.y[idx], device) # as bytes, a quarter of the way
+        with torch.cuda.stream(side): # images are copied as bytes, a quarter of the size of floats
+            return normalise(send(bank.x[idx], device)), send(bank.y[idx], device)
     pool = ThreadPoolExecutor(1)
     try:
         while True:

@@ -1,4 +1,4 @@
-"""A hundred kinds of picture, made from one number.
+"""A hundred classes of images, made from one number.
 
 Docs: https://mtl-nb.github.io/mtl_nb/data.glyphs.html.md"""
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..core import BadInput
+from ..core import require
 from .bank import ImageBank, check_disjoint
 
 # %% ../../nbs/02_data.glyphs.ipynb #8b420bf9
@@ -23,13 +23,13 @@ def bit_stream(
     *key:int, # what the numbers are for, such as (seed, family, member)
 ) -> np.random.PCG64: # a source of 64 random bits at a time
     "A stream of random bits of its own for each `key`; raises `BadInput` for a negative seed."
-    if min(key) < 0: raise BadInput(f"the seed of the glyphs must be 0 or more, got {min(key)}")
+    require(min(key) >= 0, f"the seed of the glyphs must be 0 or more, got {min(key)}")
     return np.random.PCG64(np.random.SeedSequence(key))
 
 # %% ../../nbs/02_data.glyphs.ipynb #1860f7c9
 def uniform(
     bits:np.random.PCG64, # where the random bits come from
-    shape:tuple[int,...], # shape of the answer
+    shape:tuple[int,...], # shape of the result
     low:float=0., # smallest value
     high:float=1., # no value is above this
 ) -> np.ndarray: # float32, in `shape`
@@ -38,20 +38,23 @@ def uniform(
     return (k*np.float32(2**-24)*np.float32(high - low) + np.float32(low)).reshape(shape)
 
 # %% ../../nbs/02_data.glyphs.ipynb #327404b0
-def _place(bits, others, near=None): # a point of the square from -1 to 1, apart from `others`; with `near`: from 0.4 to 0.7 away from it
+def _distance(p, q): return float((p[0] - q[0])*(p[0] - q[0]) + (p[1] - q[1])*(p[1] - q[1]))**.5
+
+def _place(bits, others, near=None):
+    "A point of the square from -1 to 1, apart from `others`; with `near`: from 0.4 to 0.7 away from it."
     gap = .6
     while True:
         p = uniform(bits, (2,), -1, 1)
-        far = lambda q: float((p[0] - q[0])*(p[0] - q[0]) + (p[1] - q[1])*(p[1] - q[1]))**.5
-        if min([far(q) for q in others], default=9.) > gap and (near is None or .4 < far(near) < .7): return p
-        gap *= .998 # where there is little room, ask for less
+        apart = min([_distance(p, q) for q in others], default=9.) > gap
+        if apart and (near is None or .4 < _distance(p, near) < .7): return p
+        gap *= .998 # where there is little room, a smaller distance is enough
 
 # %% ../../nbs/02_data.glyphs.ipynb #f73833ec
 def family(
     seed:int, # seed of the whole set
-    f:int, # which family
+    f:int, # number of the family, from 0 to 24
 ) -> np.ndarray: # float32 [4,4,3]: member, point of its path, (x, y, bend of the stroke that leaves it)
-    "The four members of a family: in member m, point m of the parent stands elsewhere."
+    "The four members of a family: in member m, point m of the parent is at another place."
     bits, parent = bit_stream(seed, f), []
     for _ in range(4): parent.append(_place(bits, parent))
     path = np.concatenate([np.stack(parent), uniform(bits, (4, 1), -.6, .6)], 1)
@@ -67,9 +70,9 @@ def segments(
     "Join the points by bent strokes (quadratic Bézier curves) and cut these into straight pieces."
     a, b, bend = path[..., :-1, :2], path[..., 1:, :2], path[..., :-1, 2:]
     across = np.stack([a[..., 1] - b[..., 1], b[..., 0] - a[..., 0]], -1)
-    handle = (a + b)*np.float32(.5) + across*bend
+    control = (a + b)*np.float32(.5) + across*bend
     t = (np.arange(pieces + 1, dtype=np.float32)/np.float32(pieces))[:, None]
-    a, h, b = (o[..., None, :] for o in (a, handle, b))
+    a, h, b = (o[..., None, :] for o in (a, control, b))
     p = a*((1 - t)*(1 - t)) + h*(2*t*(1 - t)) + b*(t*t)
     p = np.stack([p[..., :-1, :], p[..., 1:, :]], -2)
     return p.reshape(*path.shape[:-2], -1, 2, 2)
@@ -77,7 +80,7 @@ def segments(
 # %% ../../nbs/02_data.glyphs.ipynb #1b654ac5
 def ink(
     segs:np.ndarray, # float32 [n,S,2,2] straight pieces of n drawings
-    width:np.ndarray, # float32 [n] half the width of the pen; the picture reaches from -1 to 1
+    width:np.ndarray, # float32 [n] half the width of the pen; the image extends from -1 to 1
     side:int=32, # pixels a side
 ) -> np.ndarray: # float32 [n,side,side] from 0 (paper) to 1 (ink)
     "How much of each pixel is inked, by its distance to the nearest piece."
@@ -98,7 +101,7 @@ def pose(
     segs:np.ndarray, # float32 [n,S,2,2] straight pieces of n drawings
     bits:np.random.PCG64, # where the random bits come from
 ) -> np.ndarray: # float32 [n,S,2,2]
-    "Turn each drawing by up to 22.6 degrees either way, stretch, shrink and move it."
+    "Rotate each drawing by up to 22.6 degrees either way; stretch, shrink and move it."
     n = len(segs)
     t = uniform(bits, (n, 1, 1), -.2, .2)
     cos, sin = (1 - t*t)/(1 + t*t), 2*t/(1 + t*t)
@@ -109,14 +112,15 @@ def pose(
 # %% ../../nbs/02_data.glyphs.ipynb #fb009426
 def texture(
     bits:np.random.PCG64, # where the random bits come from
-    n:int, # how many
+    n:int, # number of textures
     cells:int=4, # cells of the coarse grid a side
     side:int=32, # pixels a side
 ) -> np.ndarray: # float32 [n,3,side,side] from -1 to 1
-    "Soft patches of colour: a coarse random grid, blended between its corners."
+    "Soft patches of colour: a coarse random grid, interpolated between its corners."
     grid = uniform(bits, (n, 3, cells + 1, cells + 1), -1, 1)
     at = (np.arange(side, dtype=np.float32) + np.float32(.5))*np.float32(cells/side)
-    i = at.astype(np.int64); w = (at - i).astype(np.float32)
+    i = at.astype(np.int64)
+    w = (at - i).astype(np.float32)
     grid = grid[..., i]*(1 - w) + grid[..., i + 1]*w
     w = w[:, None]
     return grid[:, :, i]*(1 - w) + grid[:, :, i + 1]*w
@@ -125,9 +129,9 @@ def texture(
 def draw(
     path:np.ndarray, # float32 [4,3] the path of a class: (x, y, bend)
     bits:np.random.PCG64, # where the random bits come from
-    n:int=100, # how many pictures
+    n:int=100, # number of images
 ) -> np.ndarray: # uint8 [n,3,32,32]
-    "Pictures of one class, each with its own hand, pose, pen, colours, paper, stray strokes and noise."
+    "Images of one class, each with its own handwriting, pose, pen, colours, paper, stray strokes and noise."
     hand = segments(path + uniform(bits, (n, *path.shape), -.28, .28))
     glyph = ink(pose(hand, bits), uniform(bits, (n,), .04, .11))
     start = uniform(bits, (n, 3, 1, 2), -1, 1)
@@ -146,10 +150,10 @@ def draw(
 # %% ../../nbs/02_data.glyphs.ipynb #cd34ef03
 def contact_sheet(
     seed:int=0, # seed of the whole set
-    families:int=5, # rows: the first so many families
-    each:int=2, # pictures of each member
+    families:int=5, # rows, one a family, from the first on
+    each:int=2, # images of each member
 ) -> np.ndarray: # uint8 [rows*34, columns*34, 3]
-    "Pictures from a few families: a row is a family, its four members one after the other."
+    "Images of a few families: a row is a family, its four members one after the other."
     rows = []
     for f in range(families):
         x = np.concatenate([draw(path, bit_stream(seed, f, m), each) for m, path in enumerate(family(seed, f))])
@@ -174,12 +178,13 @@ def seed_slider(): # an `ipywidgets` box: a slider and the contact sheet of its 
 def members(
     seed:int=0, # seed of the whole set
     split:str="near", # 'near' or 'far'
-) -> dict[str, list[tuple[int,int]]]: # the classes of 'train', 'val' and 'test', each as (family, member)
-    "Which classes stand in which part: 64, 16 and 20; raises `BadInput` for another word than 'near' or 'far'."
-    if split not in ("near", "far"): raise BadInput(f"the glyphs can be split 'near' or 'far', not '{split}'")
+) -> dict[str,list[tuple[int,int]]]: # the classes of 'train', 'val' and 'test', each as (family, member)
+    "Which classes belong to which split: 64, 16 and 20; raises `BadInput` unless `split` is 'near' or 'far'."
+    require(split in ("near", "far"), f"the glyphs can be split 'near' or 'far', not '{split}'")
     bits = bit_stream(seed, 25) # the families have the numbers 0 to 24
     families = uniform(bits, (25,)).argsort(kind="stable").tolist()
     order = uniform(bits, (25, 4)).argsort(1, kind="stable").tolist()
+    # (family, how many of its members, where to)
     if split == "far": held = [(f, 4, "val" if i < 4 else "test") for i, f in enumerate(families[16:])]
     else: held = [(f, 2 if i < 11 else 1, "val" if i < 5 or i >= 19 else "test") for i, f in enumerate(families)]
     out = {"train": {(f, m) for f in range(25) for m in range(4)}}
@@ -189,10 +194,10 @@ def members(
 
 # %% ../../nbs/02_data.glyphs.ipynb #30088fce
 def glyphs(
-    seed:int=0, # another seed, another hundred classes
+    seed:int=0, # another seed gives another hundred classes
     split:str="near", # 'near': new classes of known families; 'far': new families
-) -> dict[str, ImageBank]: # 'train', 'val' and 'test': 64, 16 and 20 classes of 100 pictures, 3 x 32 x 32
-    "The embedded data set: 100 classes in 25 families of 4, drawn from `seed`; raises `BadInput` for a bad seed or split."
+) -> dict[str,ImageBank]: # 'train', 'val' and 'test': 64, 16 and 20 classes of 100 images [3,32,32]
+    "The built-in data set: 100 classes in 25 families of 4, from `seed`; raises `BadInput` for a bad seed or split."
     parts, paths, out = members(seed, split), [family(seed, f) for f in range(25)], {}
     for part, classes in parts.items():
         x = np.concatenate([draw(paths[f][m], bit_stream(seed, f, m)) for f, m in classes])
