@@ -21,11 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import BadInput, atomic_write, read_json, require, sha256
+from ..core import atomic_write, read_json, require, sha256
 from ..data.bank import ImageBank
 from ..data.episodes import TaskShape
 from ..evaluation.exam import evaluate as evaluate_features
