@@ -136,7 +136,8 @@ def card(
     arch = {"resnet12": "ResNet-12"}.get(config.arch, config.arch)
     trained = f" Meta-trained by: {', '.join(m.label for m in methods)}." if methods else ""
     phi = ", scales and shifts in float16 differences from 1 and 0" if methods else ""
-    saved = f"Convolution weights are saved in float16{phi}, everything else in float32." if rounded else "All weights are in float32."
+    saved = "All weights are in float32."
+    if rounded: saved = f"Convolution weights are saved in float16{phi}, everything else in float32."
     shell = f"mtl test --weights data/weights/{name} --data {data}"
     if config.eval_split == "val": shell += " --split val"
     terms = _TERMS.get(data, f"The weights were learned from the images of `{data}` and are meant for research on "
