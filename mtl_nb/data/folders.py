@@ -1,4 +1,4 @@
-"""From files on disk to a bank, once: decoded on all cores, checked at the door, kept in a cache.
+"""From files on disk to a bank, once: decoded on all cores, checked, kept in a cache.
 
 Docs: https://mtl-nb.github.io/mtl_nb/data.folders.html.md"""
 
@@ -9,7 +9,13 @@ __all__ = ['MAX_PIXELS', 'read_image', 'fit', 'class_files', 'cache_folder', 'bu
            'build_splits', 'folder_splits']
 
 # %% ../../nbs/21_data.folders.ipynb #e9271f5d
-import json, os, tempfile, time, unicodedata, warnings, zlib
+import json
+import os
+import tempfile
+import time
+import unicodedata
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
@@ -22,7 +28,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..core import BadInput
+from ..core import BadInput, require
 from .bank import ImageBank, check_disjoint, pixel_hash
 
 # %% ../../nbs/21_data.folders.ipynb #563fcd3b
@@ -32,7 +38,8 @@ def _to_rgb(im):
     if im.mode == "F": raise ValueError("its pixels are floating-point numbers: save it with 8 bits a channel")
     if im.mode.startswith("I"):
         grey = np.asarray(im)
-        if grey.min() < 0 or grey.max() > 65535: raise ValueError("its grey values need more than 16 bits: save it with 8")
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("its grey values need more than 16 bits: save it with 8")
         im = Image.fromarray((grey >> 8).astype(np.uint8))
     if im.has_transparency_data:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
@@ -40,18 +47,20 @@ def _to_rgb(im):
 
 def read_image(
     path, # an image file of any format that Pillow reads
-) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises some exception if the file is no good image
-    "Read one image file: rotate_some upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
+) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if the file is no good image
+    "Read one image file: upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
     if not os.path.isfile(path): raise OSError("it is not there, or no ordinary file")
     with Image.open(path) as im:
-        if im.width*im.height > MAX_PIXELS: raise ValueError(f"it has {im.width} x {im.height} pixels, more than {MAX_PIXELS//10**6} million: shrink it")
+        if im.width*im.height > MAX_PIXELS:
+            limit = f"{MAX_PIXELS//10**6} million"
+            raise ValueError(f"it has {im.width} x {im.height} pixels, more than {limit}: shrink it")
         ImageOps.exif_transpose(im, in_place=True)
         return _to_rgb(im)
 
 # %% ../../nbs/21_data.folders.ipynb #991009d4
 def fit(
     image:np.ndarray, # uint8 [H,W,3]
-    size:int|None, # S, pixels a side; None: leave it as it is
+    size:int|None, # S, pixels a side; None: as it is
 ) -> np.ndarray: # uint8 [S,S,3]
     "Bring the short side to `size`, antialiased, and cut out the centre."
     if size is None or image.shape[:2] == (size, size): return image
@@ -60,29 +69,49 @@ def fit(
 # %% ../../nbs/21_data.folders.ipynb #0bc203ff
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "icon\r"}
 
-def _say(text): return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in str(text))
+def _say(text):
+    "A name for a message: control characters, line ends and broken bytes as escapes."
+    escaped = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in escaped else c for c in str(text))
 
-def _some(names, k=3): return ", ".join(map(_say, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
+def _some(names, k=3):
+    "The first names of a list, for a message."
+    return ", ".join(map(_say, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
 
 def _is_dir(entry):
-    with suppress(OSError): return entry.is_dir()   # a link that runs in a circle raises
+    with suppress(OSError): return entry.is_dir() # a circular link raises
+
+def _is_junk(name): return name[0] == "." or name.lower() in _JUNK
 
 def _children(folder):
-    "Names of the folders and of the files in `folder`, without what is hidden."
+    "Names of the folders and of the files in `folder`, without hidden ones."
     try:
-        with os.scandir(folder) as it: found = sorted((o.name, _is_dir(o)) for o in it if o.name[0] != "." and o.name.lower() not in _JUNK)
+        with os.scandir(folder) as it: found = sorted((o.name, _is_dir(o)) for o in it if not _is_junk(o.name))
     except FileNotFoundError: raise BadInput(f"no such folder: {_say(folder)}") from None
-    except NotADirectoryError: raise BadInput(f"{_say(folder)} is a file: give the folder that holds the class folders") from None
+    except NotADirectoryError:
+        raise BadInput(f"{_say(folder)} is a file: give the folder that holds the class folders") from None
     except PermissionError: raise BadInput(f"no permission to read the folder {_say(folder)}") from None
     except OSError as e: raise BadInput(f"cannot read the folder {_say(folder)}: {_say(e.strerror or e)}") from None
-    return [n for n, d in found if d], [n for n, d in found if not d]
+    return [n for n, is_dir in found if is_dir], [n for n, is_dir in found if not is_dir]
 
 # %% ../../nbs/21_data.folders.ipynb #3c1089ac
 _SPLITS = ("train", "val", "test")
 Image.init()
-_SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} - set(".mpg .mpeg .eps .ps .h5 .hdf .grib .bufr .wmf .emf".split())
+_NO_IMAGES = set(".mpg .mpeg .eps .ps .h5 .hdf .grib .bufr .wmf .emf".split())
+_SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} - _NO_IMAGES
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in _SUFFIXES
+
+def _images_in(where, name):
+    "Paths of the images that lie directly in a class folder, and names of its other files."
+    folders, files = _children(where)
+    images, other = [n for n in files if _is_image(n)], [f"{name}/{n}" for n in files if not _is_image(n)]
+    if not images:
+        hint = ": add some, or delete the folder"
+        if other: hint = f", only other files ({_some(other)})"
+        if folders: hint = f", only folders ({_some(folders)}): images must lie directly in it"
+        raise BadInput(f"no images in the class folder {_say(where)}{hint}")
+    return [f"{where}{os.sep}{n}" for n in images], other
 
 def class_files(
     root, # folder that holds one folder a class
@@ -93,23 +122,28 @@ def class_files(
     if len(folders) < 2 or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
         name, where = unicodedata.normalize("NFC", folder), os.path.join(root, folder)
-        if _say(name) != name: raise BadInput(f"the name of the class folder {_say(where)} holds signs that cannot be printed: rename it")
-        if name in out: raise BadInput(f"two class folders in {_say(root)} are both called '{name}': rename one")
-        inside, names = _children(where)
-        out[name], left = [f"{where}{os.sep}{n}" for n in names if _is_image(n)], [f"{name}/{n}" for n in names if not _is_image(n)]
-        hint = f", only folders ({_some(inside)}): images must lie directly in it" if inside else f", only other files ({_some(left)})" if left else ": add some, or delete the folder"
-        if not out[name]: raise BadInput(f"no images in the class folder {_say(where)}{hint}")
+        require(_say(name) == name,
+                f"the name of the class folder {_say(where)} holds characters that cannot be printed: rename it")
+        require(name not in out, f"two class folders in {_say(root)} are both called '{name}': rename one")
+        out[name], left = _images_in(where, name)
         other += left
-    if other: print(f"{_say(root)}: passed over {len(other)} file{'s'*(len(other) > 1)} without an image's suffix: {_some(other)}")
+    if other:
+        count = f"{len(other)} file{'s' if len(other) > 1 else ''}"
+        print(f"{_say(root)}: passed over {count} without an image's suffix: {_some(other)}")
     return out
 
 # %% ../../nbs/21_data.folders.ipynb #33d649a7
 def _wrong_level(root, folders, files):
-    "What to tell someone whose folder does not hold classes."
+    "The message when a folder does not hold classes."
     where, images = _say(root), [n for n in files if _is_image(n)]
-    if folders and set(folders) <= set(_SPLITS): return f"{where} holds splits ({_some(folders)}), not classes: give one of them, such as {where}{os.sep}{folders[0]}"
-    if images: return f"images lie directly in {where} ({_some(images, 1)}): put those of each class into a folder of its own, {where}/CLASS/*"
-    return f"only one class in {where} ({_say(folders[0])}): at least two are needed" if folders else f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
+    if folders and set(folders) <= set(_SPLITS):
+        one = f"{where}{os.sep}{folders[0]}"
+        return f"{where} holds splits ({_some(folders)}), not classes: give one of them, such as {one}"
+    if images:
+        return (f"images lie directly in {where} ({_some(images, 1)}): "
+                f"put those of each class into a folder of its own, {where}/CLASS/*")
+    if folders: return f"only one class in {where} ({_say(folders[0])}): at least two are needed"
+    return f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
 
 # %% ../../nbs/21_data.folders.ipynb #0cc18b94
 def cache_folder() -> Path: # `$MTL_NB_CACHE`, else `mtl_nb` in the user's cache folder
@@ -124,128 +158,186 @@ def cache_folder() -> Path: # `$MTL_NB_CACHE`, else `mtl_nb` in the user's cache
 def _short(text): return blake2b(str(text).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 def _stamp(classes):
-    "One word for the names, sizes and times of all files."
+    "One hash of the names, sizes and times of all files."
     h = blake2b(digest_size=8)
     for name, paths in classes.items():
         h.update(f"/{name}".encode())
         for path in paths:
-            try: s = os.stat(path); size, at = s.st_size, s.st_mtime_ns
-            except OSError: size, at = -1, 0
+            size, at = -1, 0
+            with suppress(OSError):
+                status = os.stat(path)
+                size, at = status.st_size, status.st_mtime_ns
             h.update(f"\n{path[path.rfind(os.sep):]}\t{size}\t{at}".encode(errors="surrogateescape"))
     return h.hexdigest()
 
 # %% ../../nbs/21_data.folders.ipynb #05223872
 def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+def _decode(item, read, size):
+    "(item, hash, pixels [3,H,W]) of one image; (item, error, None) when it cannot be read."
+    try:
+        image = read(item)
+        return item, pixel_hash(image), fit(image, size).transpose(2, 0, 1)
+    except Exception as e: return item, e, None
+
+def _decode_all(pool, items, read, size):
+    "Decode a class on all cores, several images at a time, so that threads synchronise less often."
+    k = max(1, min(16, len(items)//(4*_cores())))
+    def several(part): return [_decode(item, read, size) for item in part]
+    return chain.from_iterable(pool.map(several, (items[i:i+k] for i in range(0, len(items), k))))
+
+class _Writer:
+    "Writes a cache file: the pixels of one class after another, then the record."
+    def __init__(self, f, names, skip_bad):
+        self.f, self.skip_bad, self.first = f, skip_bad, None
+        self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[])
+    def accept(self, item, key, pixels):
+        "Whether an image goes into the bank; `key` is its hash, or the error when there are no pixels."
+        if pixels is None:
+            if not self.skip_bad: raise BadInput(_bad(item, key))
+            self.record["skipped"].append(_say(item))
+            return False
+        if self.first is None: self.first, self.record["shape"] = item, pixels.shape
+        shape = self.record["shape"]
+        if pixels.shape != shape: raise BadInput(_two_sizes(self.first, shape, item, pixels.shape))
+        return True
+    def write_class(self, name, items, decoded):
+        rows = [(key, pixels) for item, key, pixels in decoded if self.accept(item, key, pixels)]
+        require(rows, f"class '{name}' has no image that can be read ({_say(items[0])} and {len(items) - 1} more)")
+        rows.sort(key=lambda row: row[0])
+        block = np.ascontiguousarray(np.stack([pixels for _, pixels in rows]))
+        self.f.write(block)
+        self.record["counts"].append(len(rows))
+        self.record["checks"].append(zlib.crc32(block))
+        self.record["hashes"] += [key for key, _ in rows]
+    def finish(self):
+        record = json.dumps(self.record).encode()
+        self.f.write(record + b"%012d%012d" % (len(record), zlib.crc32(record)))
+
 def _write(f, classes, read, size, skip_bad, title):
-    "Decode class by class into the open file `f`; the record comes last."
-    r = dict(names=list(classes), counts=[], shape=None, hashes=[], checks=[], skipped=[])
-    def one(item):
-        try: image = read(item); return item, pixel_hash(image), fit(image, size).transpose(2, 0, 1)
-        except Exception as e: return item, e, None
-    def some(items): return [one(item) for item in items]           # a handful at a time: threads meet less often
-    pool = ThreadPoolExecutor(_cores())
+    "Decode class by class into the open file `f`."
+    writer, pool = _Writer(f, list(classes), skip_bad), ThreadPoolExecutor(_cores())
+    def counted(images, bar):
+        for image in images:
+            bar.update()
+            yield image
     try:
         with tqdm(total=sum(map(len, classes.values())), desc=title, unit="image", leave=False) as bar:
             for name, items in classes.items():
-                rows, k = [], max(1, min(16, len(items)//(4*_cores())))
-                for item, key, pixels in chain.from_iterable(pool.map(some, (items[i:i+k] for i in range(0, len(items), k)))):
-                    bar.update()
-                    if pixels is None and not skip_bad: raise BadInput(_bad(item, key))
-                    if pixels is None: r["skipped"].append(_say(item)); continue
-                    if r["shape"] is None: r["shape"], first = pixels.shape, item
-                    if pixels.shape != r["shape"]: raise BadInput(_two_sizes(first, r["shape"], item, pixels.shape))
-                    rows.append((key, pixels))
-                if not rows: raise BadInput(f"class '{name}' has no image that can be read ({_say(items[0])} and {len(items) - 1} more)")
-                rows.sort(key=lambda row: row[0])
-                block = np.ascontiguousarray(np.stack([row[1] for row in rows]))
-                f.write(block)
-                r["counts"].append(len(rows)); r["checks"].append(zlib.crc32(block)); r["hashes"] += [row[0] for row in rows]
+                writer.write_class(name, items, counted(_decode_all(pool, items, read, size), bar))
     finally: pool.shutdown(cancel_futures=True)
-    record = json.dumps(r).encode()
-    f.write(record + b"%012d%012d" % (len(record), zlib.crc32(record)))
+    writer.finish()
 
 # %% ../../nbs/21_data.folders.ipynb #3f66d1bc
 def _two_sizes(a, shape, b, other):
-    return f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; give the size to bring them to, such as --size {min(*shape[1:], *other[1:])}"
+    "The message when images `a` and `b` of shapes [3,H,W] differ in size."
+    smallest = min(*shape[1:], *other[1:])
+    return (f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; "
+            f"give the size to bring them to, such as --size {smallest}")
 
 def _bad(item, error):
+    "The message when an image cannot be read."
     why = "no permission" if isinstance(error, PermissionError) else str(error)
-    if isinstance(error, UnidentifiedImageError): why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
-    return f"cannot read the image {_say(item)} ({_say(why or type(error).__name__)}): replace or delete it, or go on without it: --skip-bad"
+    if isinstance(error, UnidentifiedImageError):
+        why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
+    return (f"cannot read the image {_say(item)} ({_say(why or type(error).__name__)}): "
+            "replace or delete it, or go on without it: --skip-bad")
+
+def _read_record(f):
+    "The record at the end of an open cache file; None when it is damaged."
+    f.seek(-24, os.SEEK_END)
+    end, tail = f.tell(), f.read()
+    length, check = int(tail[:12]), int(tail[12:])
+    f.seek(end - length)
+    record = f.read(length)
+    return json.loads(record) if zlib.crc32(record) == check else None
 
 def _open(path):
-    "The bank in a cache file, its pixels mapped; None if there is none or a byte of it is not as it was written."
+    "The bank in a cache file, its pixels mapped; None when there is no file or any byte of it was changed."
     try:
         with open(path, "rb") as f:
-            f.seek(-24, os.SEEK_END)
-            end, tail = f.tell(), f.read()
-            f.seek(end - int(tail[:12]))
-            record = f.read(int(tail[:12]))
-            if zlib.crc32(record) != int(tail[12:]): return None
-            r = json.loads(record)
+            r = _read_record(f)
+            if r is None: return None
             x = np.memmap(f, np.uint8, "c", shape=(sum(r["counts"]), *r["shape"]))
     except (OSError, ValueError): return None
+    blocks = np.split(x, np.cumsum(r["counts"])[:-1])
     with ThreadPoolExecutor(_cores()) as pool:
-        if list(pool.map(zlib.crc32, np.split(x, np.cumsum(r["counts"])[:-1]))) != r["checks"]: return None
+        if list(pool.map(zlib.crc32, blocks)) != r["checks"]: return None
     y = torch.repeat_interleave(torch.arange(len(r["counts"])), torch.tensor(r["counts"]))
     return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"])
 
 # %% ../../nbs/21_data.folders.ipynb #11048a83
-_spare = []
+_temporary_folders = []
 
 def _place(path):
-    "Where the cache file can be written: there, or in a folder that lasts as long as this process."
+    "Where the cache file can be written: there, or in a folder that is deleted when this process ends."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
         return path
     except OSError as e:
-        print(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again next time; MTL_NB_CACHE names another folder")
-        _spare.append(tempfile.TemporaryDirectory(prefix="mtl_nb-", ignore_cleanup_errors=True))
-        return Path(_spare[-1].name)/path.name
+        print(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again "
+              "next time; MTL_NB_CACHE names another folder")
+        _temporary_folders.append(tempfile.TemporaryDirectory(prefix="mtl_nb-", ignore_cleanup_errors=True))
+        return Path(_temporary_folders[-1].name)/path.name
+
+def _delete_old(path, stem):
+    "Delete older caches of the same folder, and what an interrupted run left a day ago or earlier."
+    for old in path.parent.glob(f"{stem}-*"):
+        with suppress(OSError):
+            outdated = old.suffix == ".bank" or time.time() - old.stat().st_mtime > 86400
+            if old != path and outdated: old.unlink()
 
 def _make(path, stem, *args):
-    "Write a cache file under a passing name, sync it, name it; then delete what it replaces."
+    "Write a cache file under a temporary name, sync it, rename it; then delete what it replaces."
     path = _place(path)
     f = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{stem}-", suffix=".part", delete=False)
     try:
         with f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # what Pillow minds is read, or refused in our own words
+            warnings.simplefilter("ignore") # an image that makes Pillow warn is read, or raises our own error
             _write(f, *args)
-            f.flush(); os.fsync(f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(f.name, path)
-    except OSError as e: raise BadInput(f"cannot write {path} ({e.strerror}): make room there, or let MTL_NB_CACHE name another folder") from None
+    except OSError as e:
+        raise BadInput(f"cannot write {path} ({e.strerror}): make room there, "
+                       "or let MTL_NB_CACHE name another folder") from None
     finally: Path(f.name).unlink(missing_ok=True)
-    for old in path.parent.glob(f"{stem}-*"):
-        with suppress(OSError):
-            if old != path and (old.suffix == ".bank" or time.time() - old.stat().st_mtime > 86400): old.unlink()
+    _delete_old(path, stem)
     bank = _open(path)
-    if bank is None: raise BadInput(f"{path} was changed while it was written: try again")
+    require(bank is not None, f"{path} was changed while it was written: try again")
     return bank
 
 # %% ../../nbs/21_data.folders.ipynb #a8e0d6de
+def _readable_now(skipped, read, skip_bad):
+    "Whether an image that was left out can be read by now."
+    for item in skipped:
+        try: read(item)
+        except Exception as e:
+            if not skip_bad: raise BadInput(_bad(item, e)) from None
+        else: return True
+    return False
+
 def build_bank(
     classes:dict[str,list], # the images of each class: paths, or whatever `read` takes
-    where, # what they belong to, a path as a rule: the cache is named after it
+    where, # the folder they come from, or another path: the cache is named after it
     size:int|None=None, # pixels a side; None: as they are, if all agree
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     read=read_image, # item -> uint8 [H,W,3]
     stamp:str|None=None, # changes when the images do; None: names, sizes and times of the files
 ) -> ImageBank: # uint8 [n,3,H,W], mapped; raises `BadInput`
     "The bank of these images: from the cache, or decoded on all cores into it."
-    if size is not None and size < 1: raise BadInput(f"--size {size}: an image has at least one pixel a side")
+    require(size is None or size >= 1, f"--size {size}: an image has at least one pixel a side")
     classes, where = dict(sorted(classes.items())), Path(where).resolve()
     title = "-".join(where.parts[-2:])
-    stem = "".join(c if c.isalnum() else "_" for c in title)[-40:] + f"-{size or 'native'}-{_short(f'{where} {size} 1')}"
+    name = "".join(c if c.isalnum() else "_" for c in title)[-40:]
+    stem = f"{name}-{size or 'native'}-{_short(f'{where} {size} 1')}"
     path = cache_folder()/f"{stem}-{_short(stamp or _stamp(classes))}.bank"
     bank = _open(path)
     if bank is None and path.exists(): print(f"the cache file {path} is damaged and is made anew")
-    for item in bank.skipped if bank else ():
-        try: read(item); bank = None; break         # it can be read now
-        except Exception as e:
-            if not skip_bad: raise BadInput(_bad(item, e)) from None
-    return bank or _make(path, stem, classes, read, size, skip_bad, title)
+    if bank is None or _readable_now(bank.skipped, read, skip_bad):
+        bank = _make(path, stem, classes, read, size, skip_bad, title)
+    return bank
 
 # %% ../../nbs/21_data.folders.ipynb #204dd6a6
 def folder_bank(
@@ -258,7 +350,7 @@ def folder_bank(
 
 # %% ../../nbs/21_data.folders.ipynb #974de1d1
 def split_files(
-    root, # folder that holds train/, val/ and, as a rule, test/
+    root, # folder that holds train/, val/ and, usually, test/
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
 ) -> dict[str,dict[str,list[str]]]: # split -> class -> paths; raises `BadInput`
     "List the images of ROOT/{train,val,test}/CLASS/*."
@@ -268,20 +360,27 @@ def split_files(
     if missing: raise BadInput(_no_split(root, missing, folders, files))
     return {s: class_files(root/s) for s in need or _SPLITS if s in folders}
 
+_OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+
 def _no_split(root, missing, folders, files):
-    "What to tell someone whose folder lacks a split."
-    where, lack, other = _say(root), missing[0], {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
-    if root.name in _SPLITS and (root.parent/lack).is_dir(): return f"{where} is one split: give the folder above it, {_say(root.parent)}"
+    "The message when a folder lacks a split."
+    where, split = _say(root), missing[0]
+    if root.name in _SPLITS and (root.parent/split).is_dir():
+        return f"{where} is one split: give the folder above it, {_say(root.parent)}"
     for o in folders:
-        if lack == other.get(o.lower(), o.lower()): return f"no folder '{lack}' in {where}: rename '{_say(o)}' to '{lack}'"
-        if all((root/o/s).is_dir() for s in missing): return f"no folder '{lack}' in {where}, but in {_say(root/o)}: give that"
-    have = f"it holds {_some(folders)}" if folders else f"it holds {len(files)} files and no folder" if files else "it is empty"
-    return f"no folder '{lack}' in {where} ({have}): images go into {where}/{lack}/CLASS/*"
+        means = _OTHER_NAMES.get(o.lower(), o.lower())
+        if split == means: return f"no folder '{split}' in {where}: rename '{_say(o)}' to '{split}'"
+        if all((root/o/s).is_dir() for s in missing):
+            return f"no folder '{split}' in {where}, but in {_say(root/o)}: give that"
+    holds = "it is empty"
+    if files: holds = f"it holds {len(files)} files and no folder"
+    if folders: holds = f"it holds {_some(folders)}"
+    return f"no folder '{split}' in {where} ({holds}): images go into {where}/{split}/CLASS/*"
 
 # %% ../../nbs/21_data.folders.ipynb #489d5e79
 def build_splits(
     listed:dict[str,dict[str,list]], # split -> class -> images
-    where, # what they belong to
+    where, # the folder they come from
     size:int|None=None, # pixels a side
     skip_bad:bool=False, # go on without images that cannot be read
     **kwargs, # `read` and `stamp` of `build_bank`
@@ -296,7 +395,7 @@ def build_splits(
     return banks
 
 def folder_splits(
-    root, # folder that holds train/, val/ and, as a rule, test/
+    root, # folder that holds train/, val/ and, usually, test/
     size:int|None=None, # pixels a side, as in `folder_bank`
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mtl_nb import folders
+from mtl_nb.data import folders
 from mtl_nb.core import BadInput
 from mtl_nb.data.bank import ImageBank, pixel_hash
 from mtl_nb.data.folders import build_bank, cache_folder, class_files, fit, folder_bank, folder_splits, read_image
@@ -345,7 +345,7 @@ def test_nothing_is_left_by_a_refusal_and_old_leftovers_go(tmp_path, cache):
     assert sorted(p.name for p in cache.glob("*.part")) == sorted(["another-old.part", f"{stem}-young.part"])
 
 def start(root, *, slow=False):
-    code = "import sys, time\nfrom mtl_nb import folders\n" + ("real = folders.pixel_hash\ndef slow(a): time.sleep(.05); return real(a)\nfolders.pixel_hash = slow\n" if slow else "") + "print('up', flush=True)\nprint(folders.folder_bank(sys.argv[1]).digest)"
+    code = "import sys, time\nfrom mtl_nb.data import folders\n" + ("real = folders.pixel_hash\ndef slow(a): time.sleep(.05); return real(a)\nfolders.pixel_hash = slow\n" if slow else "") + "print('up', flush=True)\nprint(folders.folder_bank(sys.argv[1]).digest)"
     return subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True, env=dict(os.environ, TQDM_DISABLE="1", OMP_NUM_THREADS="1"))
 
 def test_two_processes_at_once(tmp_path, cache):
