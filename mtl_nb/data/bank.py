@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import BadInput, require
+from ..core import require
 
 # %% ../../nbs/01_data.bank.ipynb #39e14582
 def pixel_hash(

@@ -55,10 +55,13 @@ def test_hashes_come_from_the_decoded_pixels_when_given():
 
 def test_the_digest_sees_pixels_labels_names_and_shape():
     bank = make()
-    pixel = bank.x.clone(); pixel[3, 1, 4, 4] ^= 1
-    label = bank.y.clone(); label[4] = 0
+    pixel = bank.x.clone()
+    pixel[3, 1, 4, 4] ^= 1
+    label = bank.y.clone()
+    label[4] = 0
     others = [ImageBank(pixel, bank.y, bank.names, bank.hashes), ImageBank(bank.x, label, bank.names, bank.hashes),
-              ImageBank(bank.x, bank.y, ["c0", "c1", "x"], bank.hashes), ImageBank(bank.x.reshape(12, 3, 4, 16), bank.y, bank.names, bank.hashes)]
+              ImageBank(bank.x, bank.y, ["c0", "c1", "x"], bank.hashes),
+              ImageBank(bank.x.reshape(12, 3, 4, 16), bank.y, bank.names, bank.hashes)]
     assert len({o.digest for o in [bank, *others]}) == 5
 
 def test_digest_and_hash_are_pinned():
@@ -116,11 +119,13 @@ def test_augment_shifts_by_whole_pixels_also_on_oblong_images():
     out = augment(x, gen(), pad=2, flip=False)
     known = torch.cat([x.flatten(), torch.tensor([0.])]).unique()
     off = (known[torch.searchsorted(known, out.flatten().clamp(max=known[-1]))] - out.flatten()).abs()
-    near = torch.minimum(off, (known[(torch.searchsorted(known, out.flatten()) - 1).clamp(min=0)] - out.flatten()).abs())
+    before = (torch.searchsorted(known, out.flatten()) - 1).clamp(min=0)
+    near = torch.minimum(off, (known[before] - out.flatten()).abs())
     assert near.max() < 1e-4  # every pixel of the answer is a pixel of the picture
 
 def test_augment_spreads_shifts_and_flips_evenly():
-    x = torch.zeros(4000, 3, 9, 9); x[:, :, 4, 4] = 1
+    x = torch.zeros(4000, 3, 9, 9)
+    x[:, :, 4, 4] = 1
     at = augment(x, gen(), pad=2, flip=False)[:, 0].flatten(1).argmax(1)
     rows, cols = (at//9).bincount(minlength=9), (at % 9).bincount(minlength=9)
     for n in (rows, cols): assert n[:2].sum() == n[7:].sum() == 0 and (n[2:7] - 800).abs().max() < 5*25.3
@@ -131,14 +136,17 @@ def test_augment_does_not_touch_the_global_generator_or_its_input():
     x = make().take(torch.arange(12))
     copy, state = x.clone(), torch.get_rng_state()
     out = augment(x, gen(), jitter=.5, zoom=.3)
-    assert torch.equal(x, copy) and torch.equal(torch.get_rng_state(), state) and out.shape == x.shape and out.isfinite().all()
+    assert torch.equal(x, copy) and torch.equal(torch.get_rng_state(), state)
+    assert out.shape == x.shape and out.isfinite().all()
 
 def test_nothing_is_pinned_where_compile_reads_along(monkeypatch):
     class Here: # a tensor on the CPU, as far as `send` looks
         device = torch.device("cpu")
-        def pin_memory(self): return SimpleNamespace(to=lambda device, non_blocking: ("pinned", device.type, non_blocking))
+        def pin_memory(self):
+            return SimpleNamespace(to=lambda device, non_blocking: ("pinned", device.type, non_blocking))
         def to(self, device): return "plain", device.type
-    assert send(Here(), torch.device("cuda")) == ("pinned", "cuda", True) and send(Here(), torch.device("cpu")) == ("plain", "cpu")
+    assert send(Here(), torch.device("cuda")) == ("pinned", "cuda", True)
+    assert send(Here(), torch.device("cpu")) == ("plain", "cpu")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert send(Here(), torch.device("cuda")) == ("plain", "cuda")
 
@@ -146,6 +154,7 @@ def test_nothing_is_pinned_where_compile_reads_along(monkeypatch):
 def test_the_same_on_a_gpu():
     bank = make()
     there, idx = bank.to("cuda"), torch.arange(12)
-    assert there.digest == bank.digest and there.y.device.type == "cpu" and there.subset([2, 0]).digest == bank.subset([2, 0]).digest
+    assert there.digest == bank.digest and there.y.device.type == "cpu"
+    assert there.subset([2, 0]).digest == bank.subset([2, 0]).digest
     a, b = (augment(o.take(idx), gen(), jitter=.3, zoom=.6).cpu() for o in (bank, there))
     assert (a - b).abs().max() < 1e-3

@@ -25,7 +25,8 @@ def mapped(path, gigabytes, size=84, classes=100):
         f.truncate(n*3*size*size)
         f.write(np.random.default_rng(0).integers(0, 256, 3*size*size*1000, np.uint8).tobytes())
     x = torch.from_numpy(np.memmap(path, np.uint8, "c", shape=(n, 3, size, size)))
-    return ImageBank(x, torch.arange(classes).repeat_interleave(n//classes), [f"c{i:03}" for i in range(classes)], torch.arange(n))
+    names, y = [f"c{i:03}" for i in range(classes)], torch.arange(classes).repeat_interleave(n//classes)
+    return ImageBank(x, y, names, torch.arange(n))
 
 def anonymous():
     "Gigabytes of memory that belong to no file."
@@ -39,19 +40,22 @@ def train_on(bank, steps):
     state = pretrain_state(ResNet12((4, 4, 8, 8)), len(bank.names), cfg := PretrainConfig(batch=32, lr=.01))
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     def call(x):
-        left[0] -= 1; most.append(anonymous())
+        left[0] -= 1
+        most.append(anonymous())
         if left[0] < 0: raise Enough
         return state.model(x)
     with pytest.raises(Enough): next(pretrain(state, bank, cfg, call=call))
     assert any(not torch.equal(v, before[k]) for k, v in state.model.state_dict().items())
     cfg = MetaTrainConfig(tasks=2*steps, batch=2)
-    for record in meta_train(meta_state(MTL(scale_shift(state.model.net), BaseLearner(8, 5)), cfg), TaskSampler(bank.by_class, TaskShape(), 2), bank, cfg): most.append(anonymous())
+    phase2 = meta_state(MTL(scale_shift(state.model.net), BaseLearner(8, 5)), cfg)
+    for record in meta_train(phase2, TaskSampler(bank.by_class, TaskShape(), 2), bank, cfg): most.append(anonymous())
     assert record["tasks"] == 2*steps
     return max(most)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 def test_ten_gigabytes_train_in_two(tmp_path):
-    out = subprocess.run([sys.executable, __file__, tmp_path/"big.bin"], capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    out = subprocess.run([sys.executable, __file__, tmp_path/"big.bin"], capture_output=True, text=True,
+                         env={**os.environ, "TQDM_DISABLE": "1"})
     assert out.returncode == 0, out.stderr
     gigabytes, most = map(float, out.stdout.split())
     print(f"{gigabytes:.2f} GB of images, {most:.2f} GB of anonymous memory at most")
@@ -71,7 +75,8 @@ def test_errors_come_through_and_threads_end():
     bank, before = glyphs(0)["val"], threading.active_count()
     with pytest.raises(IndexError): list(prefetch(bank, [torch.tensor([len(bank)])], torch.device("cpu")))
     some = prefetch(bank, torch.arange(1000).split(10), torch.device("cpu"))
-    next(some); some.close()
+    next(some)
+    some.close()
     for t in threading.enumerate(): t.join(5) if t is not threading.current_thread() and not t.daemon else None
     assert threading.active_count() <= before
 

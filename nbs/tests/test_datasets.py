@@ -1,7 +1,9 @@
-"The famous sets from stand-ins of synthetic pixels: folders, archives, lists; downloads that fail; copies that are not what they are called."
+"Known sets from synthetic images: folders, archives, lists; failing downloads; a copy of another set; a set of your own."
 import hashlib
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import urllib.error
 import zipfile
@@ -14,7 +16,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR100, Omniglot
 from torchvision.datasets import utils as tv
 
-from mtl_nb.data.datasets import DATASETS, SUPERCLASSES, cifar_fs, fc100, load_data, mini_imagenet, omniglot, split_table
+from mtl_nb.data.datasets import (
+    DATASETS, SUPERCLASSES, cifar_fs, fc100, get_dataset, load_data, mini_imagenet, omniglot, register_dataset,
+    split_table)
 from mtl_nb.core import BadInput
 from mtl_nb.data.folders import folder_splits
 
@@ -24,7 +28,8 @@ EVERY = sorted(c for o in SUPERCLASSES.values() for c in o)
 def alone(tmp_path, monkeypatch):
     "A cache of its own, an empty folder to stand in, and no network."
     monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
-    (tmp_path/"here").mkdir(); monkeypatch.chdir(tmp_path/"here")
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
     def offline(url, *args, **kwargs): raise urllib.error.URLError("no route to host")
     monkeypatch.setattr(tv, "_get_redirect_url", lambda url, *args, **kwargs: url, raising=False)
     monkeypatch.setattr(tv, "_urlretrieve", offline)
@@ -49,27 +54,38 @@ def save_folders(root, listed):
             for i, image in enumerate(images): Image.fromarray(image).save(root/split/name/f"{i}.png")
     return root
 
-def by_table(title, of, splits=("train", "val", "test")): return {s: {c: of(c) for c in split_table(title)[s]} for s in splits}
+def by_table(title, of, splits=("train", "val", "test")):
+    "split -> class -> `of(class)`."
+    table = split_table(title)
+    return {s: {c: of(c) for c in table[s]} for s in splits}
 
 # --- the tables ----------------------------------------------------------------------------------------------------
 def test_tables_are_the_published_ones():
     "Fixed from the lists of TADAM, of torchmeta and of Ravi & Larochelle."
-    known = {"FC100": "5b641e1d61329cc2", "CIFAR-FS": "5e009e6d239bd0ee", "miniImageNet": "3c52940fcb47da43", "Omniglot": "d88823a391139d1d"}
+    known = {"FC100": "5b641e1d61329cc2", "CIFAR-FS": "5e009e6d239bd0ee",
+             "miniImageNet": "3c52940fcb47da43", "Omniglot": "d88823a391139d1d"}
     for title, want in known.items():
         t = split_table(title)
-        assert hashlib.sha256("\n".join(f"{s} {name}" for s in ("train", "val", "test") for name in sorted(t[s])).encode()).hexdigest()[:16] == want, title
+        lines = "\n".join(f"{s} {name}" for s in ("train", "val", "test") for name in sorted(t[s]))
+        assert hashlib.sha256(lines.encode()).hexdigest()[:16] == want, title
 
 def test_fc100_by_the_numbers_of_the_superclasses():
     "CIFAR-100 numbers its superclasses by name; the split as TADAM prints it."
     ids = dict(train={1, 2, 3, 4, 5, 6, 9, 10, 15, 17, 18, 19}, val={8, 11, 13, 16}, test={0, 7, 12, 14})
     assert list(SUPERCLASSES) == sorted(SUPERCLASSES) and all(o == sorted(o) for o in SUPERCLASSES.values())
-    for split, want in ids.items(): assert set(split_table("FC100")[split]) == {c for i, o in enumerate(SUPERCLASSES.values()) if i in want for c in o}
+    for split, want in ids.items():
+        classes = {c for i, o in enumerate(SUPERCLASSES.values()) if i in want for c in o}
+        assert set(split_table("FC100")[split]) == classes
 
-@pytest.mark.parametrize("title, counts", {"FC100": (60, 20, 20), "CIFAR-FS": (64, 16, 20), "miniImageNet": (64, 16, 20), "Omniglot": (1028, 172, 423)}.items())
+COUNTS = {"FC100": (60, 20, 20), "CIFAR-FS": (64, 16, 20), "miniImageNet": (64, 16, 20), "Omniglot": (1028, 172, 423)}
+
+@pytest.mark.parametrize("title, counts", COUNTS.items())
 def test_tables_are_disjoint_and_in_order(title, counts):
     t = split_table(title)
-    assert tuple(len(o) for o in t.values()) == counts and len({c for o in t.values() for c in o}) == sum(counts) and list(t) == ["train", "val", "test"]
-    if title in ("FC100", "CIFAR-FS"): assert {c for o in t.values() for c in o} == set(EVERY) and all(o == sorted(o) for o in t.values())
+    every = {c for o in t.values() for c in o}
+    assert tuple(len(o) for o in t.values()) == counts and len(every) == sum(counts)
+    assert list(t) == ["train", "val", "test"]
+    if title in ("FC100", "CIFAR-FS"): assert every == set(EVERY) and all(o == sorted(o) for o in t.values())
 
 # --- CIFAR-100 -----------------------------------------------------------------------------------------------------
 @pytest.fixture
@@ -78,10 +94,16 @@ def archive(tmp_path, monkeypatch):
     pixels, folder = noise(300).reshape(100, 3, 32, 32, 3), tmp_path/"tv/cifar-100-python"
     folder.mkdir(parents=True)
     mix = np.random.default_rng(5).permutation(200)
-    def part(a, order): return dict(data=a.transpose(0, 1, 4, 2, 3).reshape(-1, 3072)[order], fine_labels=np.repeat(np.arange(100), a.shape[1])[order].tolist())
-    for name, o in dict(train=part(pixels[:, :2], mix), test=part(pixels[:, 2:], np.arange(100)), meta=dict(fine_label_names=EVERY)).items(): (folder/name).write_bytes(pickle.dumps(o))
+    def part(a, order):
+        labels = np.repeat(np.arange(100), a.shape[1])
+        return dict(data=a.transpose(0, 1, 4, 2, 3).reshape(-1, 3072)[order], fine_labels=labels[order].tolist())
+    parts = dict(train=part(pixels[:, :2], mix), test=part(pixels[:, 2:], np.arange(100)),
+                 meta=dict(fine_label_names=EVERY))
+    for name, o in parts.items(): (folder/name).write_bytes(pickle.dumps(o))
     with tarfile.open(tmp_path/"cifar.tar.gz", "w:gz") as tar: tar.add(folder, "cifar-100-python")
-    for key, value in dict(train_list=[["train", md5(folder/"train")]], test_list=[["test", md5(folder/"test")]], meta=dict(CIFAR100.meta, md5=md5(folder/"meta")), tgz_md5=md5(tmp_path/"cifar.tar.gz")).items():
+    sums = dict(train_list=[["train", md5(folder/"train")]], test_list=[["test", md5(folder/"test")]],
+                meta=dict(CIFAR100.meta, md5=md5(folder/"meta")), tgz_md5=md5(tmp_path/"cifar.tar.gz"))
+    for key, value in sums.items():
         monkeypatch.setattr(CIFAR100, key, value)
     return tmp_path/"tv", dict(zip(EVERY, pixels))
 
@@ -96,7 +118,8 @@ def test_archive_and_folders_are_the_same_bank(tmp_path, archive, capsys, title,
     for o in (tmp_path/title).glob("*/*"): shutil.copytree(o, tmp_path/"flat"/o.name)
     for place in (tmp_path, tmp_path/title, tmp_path/"flat", root, root/"cifar-100-python"):
         banks = load(place, size)
-        assert digests(banks) == digests(want) and all(torch.equal(banks[s].hashes, want[s].hashes) and banks[s].names == want[s].names for s in want)
+        assert digests(banks) == digests(want)
+        assert all(torch.equal(banks[s].hashes, want[s].hashes) and banks[s].names == want[s].names for s in want)
         assert digests(load(place, size, need=("test",))) == {"test": want["test"].digest}
     assert digests(folder_splits(tmp_path/title, size)) == digests(want)
     assert list(want["val"].x.shape[1:]) == [3, size or 32, size or 32]
@@ -110,15 +133,22 @@ def test_nothing_there(tmp_path):
 def test_download(tmp_path, archive, monkeypatch):
     root, _ = archive
     want = digests(fc100(root))
-    refused(lambda: fc100(tmp_path/"new", download=True), "cannot download CIFAR-100", "no route to host", "cifar-100-python.tar.gz")
+    archive_name = "cifar-100-python.tar.gz"
+    refused(lambda: fc100(tmp_path/"new", download=True), "cannot download CIFAR-100", "no route to host", archive_name)
     whole = (tmp_path/"cifar.tar.gz").read_bytes()
-    def fetch(data): monkeypatch.setattr(tv, "_urlretrieve", lambda url, filename, *args, **kwargs: Path(filename).write_bytes(data))
-    fetch(whole[:len(whole)//2]); refused(lambda: fc100(tmp_path/"new", download=True), "incomplete or altered", "--download")
-    fetch(whole); assert digests(fc100(tmp_path/"new", download=True)) == want                # half a file is no obstacle
-    fetch(b""); assert digests(fc100(tmp_path/"new", download=True)) == want                  # and is not fetched again
-    (tmp_path/"by hand").mkdir(); shutil.copy(tmp_path/"cifar.tar.gz", tmp_path/"by hand/cifar-100-python.tar.gz")
+    def fetch(data):
+        monkeypatch.setattr(tv, "_urlretrieve", lambda url, filename, *args, **kw: Path(filename).write_bytes(data))
+    fetch(whole[:len(whole)//2])
+    refused(lambda: fc100(tmp_path/"new", download=True), "incomplete or altered", "--download")
+    fetch(whole)  # half a file is no obstacle
+    assert digests(fc100(tmp_path/"new", download=True)) == want
+    fetch(b"")  # and is not fetched again
+    assert digests(fc100(tmp_path/"new", download=True)) == want
+    (tmp_path/"by hand").mkdir()
+    shutil.copy(tmp_path/"cifar.tar.gz", tmp_path/"by hand/cifar-100-python.tar.gz")
     assert digests(fc100(tmp_path/"by hand", download=True)) == want
-    (tmp_path/"file").write_text(""); refused(lambda: fc100(tmp_path/"file", download=True), "cannot download")
+    (tmp_path/"file").write_text("")
+    refused(lambda: fc100(tmp_path/"file", download=True), "cannot download")
 
 def test_altered_archive_is_never_opened(archive):
     root, _ = archive
@@ -126,8 +156,11 @@ def test_altered_archive_is_never_opened(archive):
         def __reduce__(self): return (pytest.fail, ("a pickle with a wrong MD5 was opened",))
     path = root/"cifar-100-python/train"
     whole = path.read_bytes()
-    for data in (pickle.dumps(Bomb()), whole[:-1], b""): path.write_bytes(data); refused(lambda: fc100(root), "incomplete or altered", "--download")
-    path.unlink(); refused(lambda: fc100(root), "incomplete or altered")
+    for data in (pickle.dumps(Bomb()), whole[:-1], b""):
+        path.write_bytes(data)
+        refused(lambda: fc100(root), "incomplete or altered", "--download")
+    path.unlink()
+    refused(lambda: fc100(root), "incomplete or altered")
 
 def test_other_folders_are_not_taken_for_the_set(tmp_path, archive):
     _, pixels = archive
@@ -138,7 +171,8 @@ def test_other_folders_are_not_taken_for_the_set(tmp_path, archive):
     refused(lambda: fc100(tmp_path/"FC100/train"), "give the folder above it")
     shutil.move(tmp_path/"FC100/test/whale", tmp_path/"FC100/val/whale")
     refused(lambda: fc100(tmp_path), "'whale'", "no val class")
-    shutil.rmtree(tmp_path/"FC100/val"); refused(lambda: fc100(tmp_path), "no folder 'val'")
+    shutil.rmtree(tmp_path/"FC100/val")
+    refused(lambda: fc100(tmp_path), "no folder 'val'")
 
 # --- miniImageNet --------------------------------------------------------------------------------------------------
 @pytest.fixture
@@ -149,7 +183,9 @@ def heap(tmp_path):
     for split, of in classes.items():
         lines = ["filename,label"]
         for name, images in of.items():
-            for i, image in enumerate(images): Image.fromarray(image).save(root/f"images/{name}{i:08d}.png"); lines.append(f"{name}{i:08d}.png,{name}")
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(root/f"images/{name}{i:08d}.png")
+                lines.append(f"{name}{i:08d}.png,{name}")
         (root/f"{split}.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     return root, save_folders(tmp_path/"mini", classes)
 
@@ -158,38 +194,50 @@ def test_mini_imagenet(tmp_path, heap):
     want = mini_imagenet(folders)
     assert list(want) == ["train", "val"] and list(want["val"].x.shape) == [32, 3, 84, 84]
     assert digests(mini_imagenet(root)) == digests(want) == digests(load_data("miniimagenet", root, download=True))
-    shutil.copytree(folders, tmp_path/"data/miniImageNet"); assert digests(mini_imagenet(tmp_path/"data")) == digests(want)
-    shutil.copytree(root, tmp_path/"lists/miniImageNet"); assert digests(mini_imagenet(tmp_path/"lists", 84)) == digests(want)
+    shutil.copytree(folders, tmp_path/"data/miniImageNet")
+    assert digests(mini_imagenet(tmp_path/"data")) == digests(want)
+    shutil.copytree(root, tmp_path/"lists/miniImageNet")
+    assert digests(mini_imagenet(tmp_path/"lists", 84)) == digests(want)
     (tmp_path/"flat").mkdir()
     for o in folders.glob("*/*"): shutil.copytree(o, tmp_path/"flat"/o.name)
     assert digests(mini_imagenet(tmp_path/"flat")) == digests(want)
     assert list(mini_imagenet(root, 32)["train"].x.shape[1:]) == [3, 32, 32]
-    refused(lambda: mini_imagenet(root, need=("test",)), "no test split"); refused(lambda: mini_imagenet(folders, need=("test",)), "no folder 'test'")
-    refused(lambda: mini_imagenet(tmp_path/"here", download=True), "ImageNet's terms", "not the full ImageNet", "train.csv")
+    refused(lambda: mini_imagenet(root, need=("test",)), "no test split")
+    refused(lambda: mini_imagenet(folders, need=("test",)), "no folder 'test'")
+    words = "ImageNet's terms", "not the full ImageNet", "train.csv"
+    refused(lambda: mini_imagenet(tmp_path/"here", download=True), *words)
 
 def test_bad_lists(heap):
     root, _ = heap
     text, names = (root/"val.csv").read_text(encoding="utf-8"), split_table("miniImageNet")
-    def lists(content, *words, **kwargs): (root/"val.csv").write_text(content, encoding="utf-8"); return refused(lambda: mini_imagenet(root, **kwargs), *words)
-    lists("", "val.csv", "columns filename and label"); lists("file,class\na.png,b", "columns filename and label"); lists("filename,label\na.png", "every line")
+    def lists(content, *words, **kwargs):
+        (root/"val.csv").write_text(content, encoding="utf-8")
+        return refused(lambda: mini_imagenet(root, **kwargs), *words)
+    lists("", "val.csv", "columns filename and label")
+    lists("file,class\na.png,b", "columns filename and label")
+    lists("filename,label\na.png", "every line")
     lists("filename,label\na.png,b\nc.png,b", "'b'", "no val class")
     lists(text + f"\r\ngone.png,{names['val'][0]}", "gone.png", "--skip-bad")
     assert mini_imagenet(root, skip_bad=True)["val"].skipped == [str(root/"images/gone.png")]
     lists(text + f"\r\n{names['train'][0]}00000000.png,{names['train'][0]}", "no val class")
-    (root/"val.csv").unlink(); refused(lambda: mini_imagenet(root), "has no val split")
-    (root/"val.csv").write_bytes(b"\xff\xfe\x00garbage\x00"); refused(lambda: mini_imagenet(root), "val.csv")
+    (root/"val.csv").unlink()
+    refused(lambda: mini_imagenet(root), "has no val split")
+    (root/"val.csv").write_bytes(b"\xff\xfe\x00garbage\x00")
+    refused(lambda: mini_imagenet(root), "val.csv")
 
 # --- Omniglot ------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory):
     "torchvision's layout with one drawing for each of the 1,623 characters."
     root, rng = tmp_path_factory.mktemp("omniglot")/"omniglot-py", np.random.default_rng(0)
-    second = {c.split(".")[0] for c in split_table("Omniglot")["test"]} | set("Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic".split())
+    others = "Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic"
+    second = {c.split(".")[0] for c in split_table("Omniglot")["test"]} | set(others.split())
     for name in (c for o in split_table("Omniglot").values() for c in o):
         alphabet, character = name.split(".")
         folder = root/("images_evaluation" if alphabet in second else "images_background")/alphabet/character
         folder.mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 2, (105, 105), dtype=np.uint8)*np.uint8(255)).convert("1").save(folder/"0001_01.png")
+        drawing = Image.fromarray(rng.integers(0, 2, (105, 105), dtype=np.uint8)*np.uint8(255))
+        drawing.convert("1").save(folder/"0001_01.png")
     return root
 
 def test_omniglot(tmp_path, drawings, monkeypatch):
@@ -209,21 +257,59 @@ def test_omniglot(tmp_path, drawings, monkeypatch):
             for p in sorted((drawings/part).rglob("*.png")): z.write(p, p.relative_to(drawings))
         sums[part] = md5(tmp_path/f"{part}.zip")
     monkeypatch.setattr(Omniglot, "zips_md5", sums)
-    monkeypatch.setattr(tv, "_urlretrieve", lambda url, filename, *args, **kwargs: shutil.copy(tmp_path/Path(url).name, filename))
+    def fetch(url, filename, *args, **kwargs): shutil.copy(tmp_path/Path(url).name, filename)
+    monkeypatch.setattr(tv, "_urlretrieve", fetch)
     assert digests(omniglot(tmp_path/"new", download=True)) == digests(want)
     shutil.rmtree(tmp_path/"new/omniglot-py/images_evaluation/ULOG")
     refused(lambda: omniglot(tmp_path/"new"), "incomplete", "ULOG/character01", "26 characters")
 
 # --- by name -------------------------------------------------------------------------------------------------------
 def test_load_data(tmp_path, monkeypatch):
-    for name in ("imagenet", "no/such/folder", "", "x"*5000, "~nobody-of-this-name"): refused(lambda: load_data(name), "no data set and no folder", "fc100", "glyphs-far")
+    for name in ("imagenet", "no/such/folder", "", "x"*5000, "~nobody-of-this-name"):
+        refused(lambda: load_data(name), "no data set and no folder", "fc100", "glyphs-far")
     refused(lambda: load_data("cifarfs"), "did you mean cifar-fs?")
     save_folders(tmp_path/"mine", {s: {f"{s}{i}": noise(2) for i in range(2)} for s in ("train", "val")})
-    assert list(load_data(str(tmp_path/"mine"), size=16)["val"].x.shape) == [4, 3, 16, 16] and list(load_data(tmp_path/"mine")) == ["train", "val"]
+    assert list(load_data(str(tmp_path/"mine"), size=16)["val"].x.shape) == [4, 3, 16, 16]
+    assert list(load_data(tmp_path/"mine")) == ["train", "val"]
     refused(lambda: load_data("FC100"), "no FC100 in data")
-    shutil.copytree(tmp_path/"mine", "FC100"); assert list(load_data("FC100")) == ["train", "val"]       # a folder of that very name
+    shutil.copytree(tmp_path/"mine", "FC100")  # a folder of that very name
+    assert list(load_data("FC100")) == ["train", "val"]
     refused(lambda: load_data("fc100"), "no FC100 in data")
 
 def test_glyphs_by_name():
     far = load_data("glyphs-far", size=40, need=("test",))
-    assert list(far) == ["test"] and list(far["test"].x.shape[1:]) == [3, 40, 40] and len(far["test"].hashes) == len(far["test"])
+    assert list(far) == ["test"] and list(far["test"].x.shape[1:]) == [3, 40, 40]
+    assert len(far["test"].hashes) == len(far["test"])
+
+# --- entries -------------------------------------------------------------------------------------------------------
+def test_what_the_entries_say():
+    assert list(DATASETS) == ["glyphs", "glyphs-far", "fc100", "cifar-fs", "miniimagenet", "omniglot"]
+    assert [name for name, o in DATASETS.items() if not o.mirror] == ["glyphs", "glyphs-far", "omniglot"]
+    assert [name for name, o in DATASETS.items() if o.download] == ["fc100", "cifar-fs", "omniglot"]
+    assert [name for name, o in DATASETS.items() if o.on_disk] == ["fc100", "cifar-fs", "miniimagenet", "omniglot"]
+    assert {o.hard for name, o in DATASETS.items() if name != "fc100"} == {(10, 4, 4)}
+    assert DATASETS["fc100"].hard == (20, 10, 4)
+    for o in DATASETS.values(): assert o.splits is None or o.splits == split_table(o.title)
+    mine = get_dataset("/pictures/mine")
+    assert mine.mirror and mine.hard == (10, 4, 4) and get_dataset("FC100") is DATASETS["fc100"]
+
+def test_a_set_of_ones_own(monkeypatch):
+    monkeypatch.setattr("mtl_nb.data.datasets.DATASETS", dict(DATASETS))
+    asked = {}
+    @register_dataset("stripes", "Stripes", mirror=False, hard=(1, 2, 3))
+    def stripes(root, skip_bad=False):
+        asked.update(root=root, skip_bad=skip_bad)
+        return {s: load_data("glyphs", need=(s,))[s] for s in ("train", "val")}
+    banks = load_data("stripes", "somewhere", size=16, skip_bad=True)
+    assert list(banks) == ["train", "val"] and list(banks["val"].x.shape) == [1600, 3, 16, 16]
+    assert asked == dict(root="somewhere", skip_bad=True)
+    assert list(load_data("Stripes", need=("val",))) == ["val"] and get_dataset("stripes").hard == (1, 2, 3)
+    refused(lambda: load_data("stripes", need=("test",)), "Stripes has no test split")
+    refused(lambda: load_data("stripe"), "did you mean stripes?")
+    refused(lambda: register_dataset("stripes")(len), "already")
+    refused(lambda: register_dataset("My Set"), "lower case")
+
+def test_torchvision_is_imported_where_it_is_used():
+    code = "import sys\nimport mtl_nb.data.datasets\nprint('torchvision' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
