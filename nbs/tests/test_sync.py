@@ -39,6 +39,13 @@ def test_readme_is_the_index_page():
     assert (root/"README.md").read_text(encoding="utf-8") == md, "run python nbs/_site/build.py --readme"
     assert {o.relative_to(root).as_posix(): o.read_bytes() for o in (root/"nbs/_site/readme").glob("*")} == pictures
 
+def test_readme_is_short():
+    "At most 450 words of prose, beside tables, pictures and code."
+    text = (root/"README.md").read_text(encoding="utf-8")
+    for other in (r"<!--.*?-->", r"```.*?```", r"^\|.*?$", r"!\[.*?\]\(.*?\)", r"(?<=\])\([^)]*\)"):
+        text = re.sub(other, "", text, flags=re.S | re.M)
+    assert len(re.findall(r"[\w'’-]+", text)) <= 450
+
 def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (root/"README.md").read_text(encoding="utf-8"))
     assert not [o for o in links if not (root/o).exists()]
