@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import pyflakes.checker
 import pytest
 
 root = Path(__file__).parents[2]
@@ -87,6 +88,20 @@ MODULES = [p for p in sorted((root/"mtl_nb").rglob("*.py")) if p.name != "_modid
 def test_house_rules(path):
     found = findings(path)
     assert not found, "\n" + "\n".join(found[:40])
+
+
+def shown_code(page):
+    "The code that a reader sees, and can copy: hidden cells left out."
+    hidden = re.compile(r"^#\|\s*(hide|include:\s*false|echo:\s*false|eval:\s*false)", re.M)
+    return "\n".join(text for _, kind, text in cells(page) if kind == "code" and not hidden.search(text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_shown_code_can_be_copied(page):
+    "No cell that a reader sees uses a name that only a hidden cell defines."
+    messages = pyflakes.checker.Checker(ast.parse(shown_code(page))).messages
+    missing = {m.message_args[0] for m in messages if type(m).__name__ == "UndefinedName"}
+    assert not missing - {"display", "get_ipython"}
 
 
 if __name__ == "__main__":
