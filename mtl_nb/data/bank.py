@@ -10,13 +10,12 @@ __all__ = ['MEAN', 'STD', 'pixel_hash', 'normalise', 'ImageBank', 'send', 'check
 # %% ../../nbs/01_data.bank.ipynb #f49b3cc0
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import require
@@ -57,7 +56,7 @@ class ImageBank:
         y:Tensor, # int64 [n] class of each image, an index into `names`
         names:list[str], # name of each class
         hashes:Tensor|None=None, # int64 [n] `pixel_hash` of each image as decoded; None: computed from `x`
-        skipped:list[str]=(), # files that were left out, for the record
+        skipped:Sequence[str]=(), # files that were left out, for the record
     ):
         _check_images(x, y, names)
         if hashes is None: hashes = torch.tensor([pixel_hash(o.permute(1, 2, 0).numpy()) for o in x.cpu()])
@@ -72,6 +71,40 @@ class ImageBank:
     def __repr__(self):
         images = f"{len(self)} images {list(self.x.shape[1:])}"
         return f"ImageBank({images}, {len(self.names)} classes, on {self.x.device})"
+    def take(self,
+        idx:Tensor, # int64 [...] positions in the bank
+    ) -> Tensor: # float32 [...,C,H,W] on the bank's device
+        "Normalised images at `idx`, in its shape."
+        flat = self.x[send(idx.reshape(-1), self.x.device)]
+        return normalise(flat).reshape(*idx.shape, *self.x.shape[1:])
+    def to(self,
+        device:torch.device|str, # where the pixels should be
+    ) -> "ImageBank": # the same bank with its pixels there; indices and labels stay on the CPU, where tasks are drawn
+        "Move the pixels to a device."
+        return ImageBank(self.x.to(device), self.y, self.names, self.hashes, self.skipped)
+    def subset(self,
+        classes:list[int], # which classes, as indices into `names`
+    ) -> "ImageBank": # a bank of these classes only, numbered in this order; raises `BadInput` for no class
+        "A bank of some of the classes."
+        require(len(classes) > 0, "a bank needs at least one class")
+        positions = [self.by_class[c] for c in classes]
+        idx = torch.cat(positions)
+        y = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(o) for o in positions]))
+        return ImageBank(self.x[idx.to(self.x.device)], y, [self.names[c] for c in classes], self.hashes[idx])
+    def first(self,
+        each:int, # images of a class, at most
+    ) -> "ImageBank": # a bank of these images only, with all the classes
+        "The first images of every class; they are in order of their hashes, which is as good as a random order."
+        idx = torch.cat([positions[:each] for positions in self.by_class])
+        return ImageBank(self.x[idx.to(self.x.device)], self.y[idx], self.names, self.hashes[idx])
+    @property
+    def digest(self) -> str: # hexadecimal SHA-256
+        "One number for all pixels, labels and names: two banks with the same digest hold the same data."
+        h = hashlib.sha256("\n".join(self.names).encode())
+        h.update(repr(tuple(self.x.shape)).encode())
+        h.update(self.y.numpy().tobytes())
+        for part in self.x.split(4096): h.update(part.cpu().contiguous().numpy())
+        return h.hexdigest()
 
 # %% ../../nbs/01_data.bank.ipynb #75faa90b
 def send(
@@ -82,61 +115,14 @@ def send(
     pinned = device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
-# %% ../../nbs/01_data.bank.ipynb #dbeec4ee
-@patch
-def take(self:ImageBank,
-    idx:Tensor, # int64 [...] positions in the bank
-) -> Tensor: # float32 [...,C,H,W] on the bank's device
-    "Normalised images at `idx`, in its shape."
-    flat = self.x[send(idx.reshape(-1), self.x.device)]
-    return normalise(flat).reshape(*idx.shape, *self.x.shape[1:])
-
-# %% ../../nbs/01_data.bank.ipynb #4cd7b833
-@patch
-def to(self:ImageBank,
-    device:torch.device|str, # where the pixels should be
-) -> ImageBank: # the same bank with its pixels there; indices and labels stay on the CPU, where tasks are drawn
-    "Move the pixels to a device."
-    return ImageBank(self.x.to(device), self.y, self.names, self.hashes, self.skipped)
-
-# %% ../../nbs/01_data.bank.ipynb #888d12ef
-@patch
-def subset(self:ImageBank,
-    classes:list[int], # which classes, as indices into `names`
-) -> ImageBank: # a bank of these classes only, numbered in this order
-    "A bank of some of the classes."
-    require(len(classes) > 0, "a bank needs at least one class")
-    positions = [self.by_class[c] for c in classes]
-    idx = torch.cat(positions)
-    y = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(o) for o in positions]))
-    return ImageBank(self.x[idx.to(self.x.device)], y, [self.names[c] for c in classes], self.hashes[idx])
-
-@patch
-def first(self:ImageBank,
-    each:int, # images of a class, at most
-) -> ImageBank: # a bank of these images only, with all the classes
-    "The first images of every class; they are in order of their hashes, which is as good as a random order."
-    idx = torch.cat([positions[:each] for positions in self.by_class])
-    return ImageBank(self.x[idx.to(self.x.device)], self.y[idx], self.names, self.hashes[idx])
-
-# %% ../../nbs/01_data.bank.ipynb #83fbc0c0
-@patch(as_prop=True)
-def digest(self:ImageBank) -> str: # hexadecimal SHA-256
-    "One number for all pixels, labels and names: two banks with the same digest hold the same data."
-    h = hashlib.sha256("\n".join(self.names).encode())
-    h.update(repr(tuple(self.x.shape)).encode())
-    h.update(self.y.numpy().tobytes())
-    for part in self.x.split(4096): h.update(part.cpu().contiguous().numpy())
-    return h.hexdigest()
-
 # %% ../../nbs/01_data.bank.ipynb #aeb94246
 def check_disjoint(
-    splits:dict[str,ImageBank], # banks by split name
+    splits:Mapping[str,ImageBank|list[str]], # a bank, or its class names, by split name
 ) -> None: # raises `BadInput` when a class is in two splits
     "Few-shot learning is tested on classes never seen: no class may be in two splits."
-    seen = {}
+    seen:dict[str,str] = {}
     for split, bank in splits.items():
-        for name in bank.names:
+        for name in getattr(bank, "names", bank):
             require(name not in seen,
                     f"class '{name}' is in both '{seen.get(name)}' and '{split}': the splits must not share a class")
             seen[name] = split
@@ -150,7 +136,8 @@ def prefetch(
 ) -> Iterator[tuple[Tensor,Tensor]]: # normalised images [B,C,H,W] and their labels int64 [B]
     "The batches in their order; the next ones are gathered while this one is being used."
     require(ahead >= 0, f"ahead must not be negative, got {ahead}")
-    batches, waiting = iter(batches), deque()
+    waiting:deque = deque()
+    batches = iter(batches)
     if bank.x.device.type != "cpu":
         yield from ((bank.take(idx).to(device), send(bank.y[idx], device)) for idx in batches)
         return

@@ -139,7 +139,7 @@ def register_dataset(
     **fields, # other fields of `Dataset`
 ) -> Callable: # a decorator for the function that loads the set; raises `BadInput` when the name is taken
     "Add a set to `DATASETS`, so that `load_data` and the commands know it by its name."
-    require(name and name == name.lower(), f"the name of a data set is in lower case, got '{name}'")
+    require(name != "" and name == name.lower(), f"the name of a data set is in lower case, got '{name}'")
     def register(load):
         taken = DATASETS.get(name)
         require(taken is None or taken.load.__qualname__ == load.__qualname__,

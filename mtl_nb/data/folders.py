@@ -21,7 +21,6 @@ from contextlib import suppress
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -267,7 +266,7 @@ def _open(path):
     return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"])
 
 # %% ../../nbs/21_data.folders.ipynb #11048a83
-_temporary_folders = []
+_temporary_folders:list[tempfile.TemporaryDirectory] = []
 
 def _place(path):
     "Where the cache file can be written: there, or in a folder that is deleted when this process ends."
@@ -386,7 +385,7 @@ def build_splits(
     **kwargs, # `read` and `stamp` of `build_bank`
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Banks of several splits: no class in two of them, all images of one size."
-    try: check_disjoint({s: SimpleNamespace(names=list(classes)) for s, classes in listed.items()})
+    try: check_disjoint({s: list(classes) for s, classes in listed.items()})
     except BadInput as e: raise BadInput(f"{_say(where)}: {e}") from None
     banks = {s: build_bank(classes, Path(where)/s, size, skip_bad, **kwargs) for s, classes in listed.items()}
     (s, a), *others = banks.items()

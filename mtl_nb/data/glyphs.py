@@ -55,7 +55,8 @@ def family(
     f:int, # number of the family, from 0 to 24
 ) -> np.ndarray: # float32 [4,4,3]: member, point of its path, (x, y, bend of the stroke that leaves it)
     "The four members of a family: in member m, point m of the parent is at another place."
-    bits, parent = bit_stream(seed, f), []
+    bits = bit_stream(seed, f)
+    parent:list[np.ndarray] = []
     for _ in range(4): parent.append(_place(bits, parent))
     path = np.concatenate([np.stack(parent), uniform(bits, (4, 1), -.6, .6)], 1)
     out = np.stack([path]*4)

@@ -1,4 +1,4 @@
-"Known sets from synthetic images: folders, archives, lists; failing downloads; a copy of another set; a set of your own."
+"Known sets from synthetic images: folders, archives, lists; failing downloads; a copy of another set; one of your own."
 import hashlib
 import pickle
 import shutil
