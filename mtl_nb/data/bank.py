@@ -122,7 +122,7 @@ def check_disjoint(
     "Few-shot learning is tested on classes never seen: no class may be in two splits."
     seen:dict[str,str] = {}
     for split, bank in splits.items():
-        for name in getattr(bank, "names", bank):
+        for name in bank if isinstance(bank, list) else bank.names:
             require(name not in seen,
                     f"class '{name}' is in both '{seen.get(name)}' and '{split}': the splits must not share a class")
             seen[name] = split
