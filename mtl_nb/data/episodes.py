@@ -16,10 +16,15 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
-from ..core import BadInput
+from ..core import BadInput, require
 from .bank import ImageBank
 
 # %% ../../nbs/03_data.episodes.ipynb #6910f09f
+def _tiled(x):
+    "uint8 [N,n,C,H,W] pictures -> [rows,columns,C], one beside the other with a white border."
+    x = torch.nn.functional.pad(x, (1, 1, 1, 1), value=255)
+    return x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
+
 def show_task(
     bank:ImageBank, # where the pictures are
     task:Tensor, # int64 [N,K+Q] one task
@@ -30,14 +35,16 @@ def show_task(
     from matplotlib.figure import Figure
     shown = bank.x[task[:, :k_shot + queries].to(bank.x.device)].cpu()
     sides = {"support": shown[:, :k_shot], "query": shown[:, k_shot:]}
-    fig = Figure(figsize=(.45*shown.shape[1] + 1.3, .45*len(task) + .35), dpi=90, layout="constrained")
+    columns, height = shown.shape[1], shown.shape[-2] + 2
+    side = min(.8, 7/columns) # inches a picture
+    fig = Figure(figsize=(side*columns + 1.3, side*len(task) + .35), dpi=90, layout="constrained")
     axes = fig.subplots(1, 2, width_ratios=[o.shape[1] for o in sides.values()])
-    for ax, (side, x) in zip(axes, sides.items()):
-        x = torch.nn.functional.pad(x, (1, 1, 1, 1), value=255)
-        h = x.shape[-2]
-        ax.imshow(x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy(), interpolation="nearest")
-        ax.set(title=side, xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-    axes[0].set_yticks([h*i + h/2 for i in range(len(task))], [f"{i}: {bank.names[bank.y[o[0]]]}" for i, o in enumerate(task)])
+    for ax, (title, x) in zip(axes, sides.items()):
+        ax.imshow(_tiled(x), interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    names = [f"{i}: {bank.names[bank.y[row[0]]]}" for i, row in enumerate(task)]
+    axes[0].set_yticks([height*i + height/2 for i in range(len(task))], names)
     axes[0].tick_params(length=0)
     return fig
 
@@ -49,8 +56,9 @@ class TaskShape:
     k_shot:int=1 # K, support images a class
     n_query:int=15 # Q, query images a class
     def __post_init__(self):
-        for name, v, least in (("way", self.n_way, 2), ("shot", self.k_shot, 1), ("query", self.n_query, 1)):
-            if v < least: raise BadInput(f"{name} must be at least {least}, got {v}")
+        require(self.n_way >= 2, f"way must be at least 2, got {self.n_way}")
+        require(self.k_shot >= 1, f"shot must be at least 1, got {self.k_shot}")
+        require(self.n_query >= 1, f"query must be at least 1, got {self.n_query}")
     def labels(self,
         per_class:int, # images a class: `k_shot` or `n_query`
     ) -> Tensor: # int64 [N*per_class]: 0,0,..,1,1,..
@@ -61,10 +69,11 @@ class TaskShape:
         split:str="this split", # its name, for the message
     ) -> None: # raises `BadInput` when a task of this shape cannot be drawn
         "Are there enough classes, and enough images in each?"
-        if self.n_way > len(bank.names): raise BadInput(f"{self.n_way}-way needs {self.n_way} classes, but {split} has only {len(bank.names)}")
-        need = self.k_shot + self.n_query
+        n, k, q, classes = self.n_way, self.k_shot, self.n_query, len(bank.names)
+        require(n <= classes, f"{n}-way needs {n} classes, but {split} has only {classes}")
         for name, idx in zip(bank.names, bank.by_class):
-            if len(idx) < need: raise BadInput(f"class '{name}' in {split} has {len(idx)} images, but {self.k_shot}-shot with {self.n_query} queries needs {need}: add images, or lower the shots or --query")
+            message = f"class '{name}' in {split} has {len(idx)} images, but {k}-shot with {q} queries needs {k + q}"
+            require(len(idx) >= k + q, f"{message}: add images, or lower the shots or --query")
 
 # %% ../../nbs/03_data.episodes.ipynb #c311b37d
 def sample_tasks(
@@ -73,21 +82,24 @@ def sample_tasks(
     shape:TaskShape, # N, K and Q
     g:torch.Generator, # the only source of randomness
     classes:Tensor|None=None, # int64 [C], all different: draw the N classes from these alone; None: from all
-) -> Tensor: # int64 [n,N,K+Q] image indices; the first K of each class are its support
+) -> Tensor: # int64 [n,N,K+Q] image indices; the first K of each class are its support; raises `BadInput`
     "Draw tasks: N distinct classes in random order, then K+Q distinct images of each."
-    if n < 0: raise BadInput(f"cannot draw {n} tasks")
+    require(n >= 0, f"cannot draw {n} tasks")
     pool = torch.arange(len(by_class)) if classes is None else classes
-    if len(pool) < shape.n_way: raise BadInput(f"{shape.n_way}-way needs {shape.n_way} classes, got {len(pool)}")
-    need, sizes = shape.k_shot + shape.n_query, torch.tensor([len(o) for o in by_class])
-    if int(sizes[pool].min()) < need: raise BadInput(f"a class has {int(sizes[pool].min())} images, but a task needs {need} of each")
+    n_way, need = shape.n_way, shape.k_shot + shape.n_query
+    require(len(pool) >= n_way, f"{n_way}-way needs {n_way} classes, got {len(pool)}")
+    sizes = torch.tensor([len(o) for o in by_class])
+    fewest = int(sizes[pool].min())
+    require(fewest >= need, f"a class has {fewest} images, but a task needs {need} of each")
     table = torch.nn.utils.rnn.pad_sequence(by_class, batch_first=True)
-    out = []
-    for m in [500]*(n//500) + [n % 500]*(n % 500 > 0):
-        cls = pool[torch.rand(m, len(pool), generator=g).topk(shape.n_way).indices]
-        key = torch.rand(m, shape.n_way, table.shape[1], generator=g)
+    out = [torch.empty(0, n_way, need, dtype=torch.int64)]
+    for done in range(0, n, 500):
+        m = min(500, n - done)
+        cls = pool[torch.rand(m, len(pool), generator=g).topk(n_way).indices]
+        key = torch.rand(m, n_way, table.shape[1], generator=g)
         key[torch.arange(table.shape[1]) >= sizes[cls][..., None]] = -1
         out.append(table[cls].gather(2, key.topk(need).indices))
-    return torch.cat(out) if out else torch.empty(0, shape.n_way, need, dtype=torch.int64)
+    return torch.cat(out)
 
 # %% ../../nbs/03_data.episodes.ipynb #0b07065d
 class TaskSampler:
@@ -98,9 +110,10 @@ class TaskSampler:
         batch:int=4, # E, tasks a step
         seed:int=0, # of its own generator
     ):
-        if batch < 1: raise BadInput(f"a meta-batch needs at least 1 task, got {batch}")
-        self.by_class, self.shape, self.batch, self.g = by_class, shape, batch, torch.Generator().manual_seed(seed)
-        self.hard = False # is the batch drawn last one of hard tasks?
+        require(batch >= 1, f"a meta-batch needs at least 1 task, got {batch}")
+        self.by_class, self.shape, self.batch = by_class, shape, batch
+        self.g = torch.Generator().manual_seed(seed)
+        self.hard = False # does the latest batch consist of hard tasks?
     def __iter__(self) -> Iterator[Tensor]: return self
     def __next__(self) -> Tensor: # int64 [E,N,K+Q]
         "The next meta-batch, as image indices."
@@ -109,36 +122,45 @@ class TaskSampler:
         classes:Tensor, # int64 [E,N] the classes of the tasks just trained on
         accuracy:Tensor, # float [E,N] query accuracy of each class, before the outer update
     ) -> None:
-        "What came of the last batch. The plain source does not listen."
+        "The result of the latest batch. The plain sampler ignores it."
     def state_dict(self) -> dict: # everything that the next batches depend on
-        "Where the stream stands."
+        "The state of its generator."
         return {"g": self.g.get_state()}
     def load_state_dict(self,
         state:dict, # from `state_dict`
     ) -> None:
-        "Go on from where another stream stood."
+        "Go on from where another sampler was."
         self.g.set_state(state["g"])
 
 # %% ../../nbs/03_data.episodes.ipynb #d65147c2
+def _png(fig):
+    "A figure as the bytes of a PNG file."
+    out = BytesIO()
+    fig.savefig(out)
+    return out.getvalue()
+
 def task_explorer(
     bank:ImageBank, # the pictures; yours, too
-): # an `ipywidgets` box: sliders, a line of text, the picture
+): # an `ipywidgets` box: sliders, a line of text, the picture; raises `BadInput` where ipywidgets is not installed
     "Look at tasks of any shape, one after another."
-    import ipywidgets as w
-    knob = lambda name, value, low, high: w.IntSlider(value, low, high, description=name, continuous_update=False)
-    knobs = [knob("way", min(5, len(bank.names)), 2, max(2, min(10, len(bank.names)))), knob("shot", 1, 1, 10), knob("query", 15, 1, 30), knob("task", 0, 0, 999)]
+    try: import ipywidgets as w
+    except ImportError: raise BadInput('sliders need the package ipywidgets: pip install "mtl_nb[nb]"') from None
+    most = max(2, min(10, len(bank.names)))
+    ranges = dict(way=(min(5, len(bank.names)), 2, most), shot=(1, 1, 10), query=(15, 1, 30), task=(0, 0, 999))
+    sliders = [w.IntSlider(*o, description=name, continuous_update=False) for name, o in ranges.items()]
     text, image = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%", width="fit-content"))
     def draw(_=None):
-        n, k, q, seed = (o.value for o in knobs)
+        n, k, q, seed = (o.value for o in sliders)
         try:
             shape = TaskShape(n, k, q)
             shape.check(bank)
         except BadInput as e:
             text.value, image.value = escape(str(e)), b""
             return
-        task, png = sample_tasks(bank.by_class, 1, shape, torch.Generator().manual_seed(seed))[0], BytesIO()
-        show_task(bank, task, k, min(q, 8)).savefig(png)
-        text.value, image.value = f"{n}-way {k}-shot: {n*k} support pictures, {n*q} queries; a guess is right in {100/n:.0f} % of cases", png.getvalue()
-    for o in knobs: o.observe(draw, "value")
+        task = sample_tasks(bank.by_class, 1, shape, torch.Generator().manual_seed(seed))[0]
+        image.value = _png(show_task(bank, task, k, min(q, 8)))
+        chance = f"by chance {100/n:.0f} % are correct"
+        text.value = f"{n}-way {k}-shot: {n*k} support pictures, {n*q} queries; {chance}"
+    for o in sliders: o.observe(draw, "value")
     draw()
-    return w.VBox([*knobs, text, image])
+    return w.VBox([*sliders, text, image])

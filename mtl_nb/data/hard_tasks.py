@@ -1,4 +1,4 @@
-"""Note which class went wrong in each task, then practise on those.
+"""Note which class the network got wrong most often in each task, then train on tasks made of these classes.
 
 Docs: https://mtl-nb.github.io/mtl_nb/data.hard_tasks.html.md"""
 

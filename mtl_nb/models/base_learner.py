@@ -1,4 +1,4 @@
-"""Five pictures, a linear head, some steps downhill: the inner loop, first for one task, then for all tasks at once.
+"""Five pictures, a linear head, some steps of gradient descent: the inner loop, for one task and for all at once.
 
 Docs: https://mtl-nb.github.io/mtl_nb/models.base_learner.html.md"""
 
@@ -12,43 +12,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import BadInput, require
+
 # %% ../../nbs/05_models.base_learner.ipynb #7f587077
-def _ready(support, labels, query, weight, bias, steps, order):
-    "The labels one-hot, [E,N,n], once everything fits; a `ValueError` says what does not. Nothing here waits for a GPU."
+def _problem(support, labels, query, weight, bias, steps, order):
+    "What does not fit, or nothing. Messages are made only when needed, and nothing here waits for a GPU."
     s, l, q, w, b = (list(o.shape) for o in (support, labels, query, weight, bias))
     kinds = {str(o.dtype).removeprefix("torch.") for o in (support, query, weight, bias)}
-    if len(w) != 2 or b != w[:1]: raise ValueError(f"the head must be weight [N,D] and bias [N], got {w} and {b}")
-    if len(s) != 3 or s[1] < 1 or s[2] != w[1]: raise ValueError(f"support must be [E,n,{w[1]}] with at least one picture a task, got {s}")
-    if len(q) != 3 or [q[0], q[2]] != [s[0], s[2]]: raise ValueError(f"query must be [{s[0]},m,{s[2]}], to go with the support, got {q}")
-    if l != s[:2] or labels.dtype != torch.int64: raise ValueError(f"labels must be int64 {s[:2]}, one a support picture, got {labels.dtype} {l}")
-    if len(kinds) > 1: raise ValueError(f"support, query and head must be of one dtype, got {' and '.join(sorted(kinds))}: bring them together, e.g. with `.float()`")
-    if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order}")
-    if any(a > b for a, b in zip([0, *steps], steps)): raise ValueError(f"steps must be 0 or more and ascending, got {steps}")
-    if labels.device.type == "cpu" and labels.numel() and not 0 <= labels.min() <= labels.max() < w[0]:
-        raise ValueError(f"labels must lie in 0..{w[0] - 1} for this head of {w[0]} classes, got {labels.min()}..{labels.max()}")
-    return F.one_hot(labels, w[0]).mT.to(support.dtype).contiguous()
+    if len(w) != 2 or b != w[:1]: return f"the head must be weight [N,D] and bias [N], got {w} and {b}"
+    if len(s) != 3 or s[1] < 1 or s[2] != w[1]:
+        return f"support must be [E,n,{w[1]}] with at least one picture a task, got {s}"
+    if len(q) != 3 or [q[0], q[2]] != [s[0], s[2]]:
+        return f"query must be [{s[0]},m,{s[2]}], to go with the support, got {q}"
+    if l != s[:2] or labels.dtype != torch.int64:
+        return f"labels must be int64 {s[:2]}, one a support picture, got {labels.dtype} {l}"
+    if len(kinds) > 1:
+        both = " and ".join(sorted(kinds))
+        return f"support, query and head must be of one dtype, got {both}: bring them together, e.g. with `.float()`"
+    if order not in (1, 2): return f"order must be 1 or 2, got {order}"
+    if any(a > b for a, b in zip([0, *steps], steps)): return f"steps must be 0 or more and ascending, got {steps}"
+    if labels.device.type != "cpu" or labels.numel() == 0 or 0 <= labels.min() <= labels.max() < w[0]: return ""
+    return f"labels must lie in 0..{w[0] - 1} for this head of {w[0]} classes, got {labels.min()}..{labels.max()}"
+
+def _one_hot(support, labels, query, weight, bias, steps, order):
+    "The labels one-hot, [E,N,n], once everything fits; raises `BadInput` otherwise."
+    if message := _problem(support, labels, query, weight, bias, steps, order): raise BadInput(message)
+    return F.one_hot(labels, len(weight)).mT.to(support.dtype).contiguous()
 
 # %% ../../nbs/05_models.base_learner.ipynb #82e77120
 def head_path_primal(
     support:Tensor, # [E,n,D] support features
     labels:Tensor, # int64 [E,n] in 0..N-1
     query:Tensor, # [E,m,D] query features
-    weight:Tensor, # [N,D] θ₀, the head's start
+    weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # report after these many steps, ascending
+    steps:list[int], # return the logits after these many steps, ascending
     order:int=2, # 2: differentiate through the steps; 1: take θ′ - θ₀ as constant
-) -> list[Tensor]: # [E,m,N] query logits after each of `steps`
+) -> list[Tensor]: # [E,m,N] query logits after each of `steps`; raises `BadInput`
     "Gradient descent of a linear softmax head on each task's support set; the query logits along the way."
-    y, beta = _ready(support, labels, query, weight, bias, steps, order), lr/support.shape[1]
+    y = _one_hot(support, labels, query, weight, bias, steps, order)
+    beta = lr/support.shape[1]
     f = support if order == 2 else support.detach()
-    dw, db, out, done = weight.new_zeros(len(f), *weight.shape), bias.new_zeros(len(f), len(bias)), [], 0
+    dw, db = weight.new_zeros(len(f), *weight.shape), bias.new_zeros(len(f), len(bias)) # θ′ - θ₀ of each task
+    out, done = [], 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and order == 2):
         for stop in steps:
             for _ in range(stop - done):
-                wrong = ((weight + dw) @ f.mT + (bias + db)[..., None]).softmax(1) - y
-                dw, db = dw - beta*(wrong @ f), db - beta*wrong.sum(2)
-            out, done = out + [(dw, db)], stop
+                error = ((weight + dw) @ f.mT + (bias + db)[..., None]).softmax(1) - y
+                dw, db = dw - beta*(error @ f), db - beta*error.sum(2)
+            out.append((dw, db))
+            done = stop
     return [query @ (weight + dw).mT + (bias + db)[:, None] for dw, db in out]
 
 # %% ../../nbs/05_models.base_learner.ipynb #fd25bea4
@@ -56,47 +70,60 @@ def head_path(
     support:Tensor, # [E,n,D] support features
     labels:Tensor, # int64 [E,n] in 0..N-1
     query:Tensor, # [E,m,D] query features
-    weight:Tensor, # [N,D] θ₀, the head's start
+    weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # report after these many steps, ascending
+    steps:list[int], # return the logits after these many steps, ascending
     order:int=2, # 2: differentiate through the steps; 1: take θ′ - θ₀ as constant
-) -> list[Tensor]: # [E,m,N] query logits after each of `steps`
-    "The descent of `head_path_primal` in the dual: the same numbers, cheaper while a task has fewer than 2D support pictures."
-    y, beta = _ready(support, labels, query, weight, bias, steps, order), lr/support.shape[1]
+) -> list[Tensor]: # [E,m,N] query logits after each of `steps`; raises `BadInput`
+    "`head_path_primal` in the dual form: the same numbers, cheaper while a task has fewer than 2D support pictures."
+    y = _one_hot(support, labels, query, weight, bias, steps, order)
+    beta = lr/support.shape[1]
     f = support if order == 2 else support.detach()
     a, out, done = torch.zeros_like(y), [], 0
     with torch.set_grad_enabled(torch.is_grad_enabled() and order == 2):
         z0, gram = (f @ weight.T + bias).mT.contiguous(), f @ f.mT + 1
         for stop in steps:
-            for _ in range(stop - done): a = a + beta*(torch.baddbmm(z0, a, gram, alpha=-1).softmax(1) - y) # baddbmm: z0 - a @ gram
-            out, done = out + [a], stop
+            for _ in range(stop - done):
+                z = torch.baddbmm(z0, a, gram, alpha=-1) # z0 - a @ gram
+                a = a + beta*(z.softmax(1) - y)
+            out.append(a)
+            done = stop
     z, cross = query @ weight.T + bias, query @ f.mT + 1
     return [z - cross @ a.mT for a in out]
 
 # %% ../../nbs/05_models.base_learner.ipynb #9a7ca871
+def _support_logits(z0, gram, a, z, task_last):
+    "z = z0 - a @ gram, written into `z`; with the task as the last axis, picture by picture."
+    if not task_last: return torch.baddbmm(z0, a, gram, alpha=-1, out=z)
+    z.copy_(z0)
+    for j in range(len(gram)): z.addcmul_(gram[j, :, None], a[j], value=-1)
+    return z
+
 @torch.no_grad()
 def fit_heads(
     support:Tensor, # [E,n,D] support features
     labels:Tensor, # int64 [E,n] in 0..N-1
-    weight:Tensor, # [N,D] θ₀, the head's start
+    weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # the heads after these many steps, ascending
-) -> tuple[Tensor,Tensor]: # weights [E,S,N,D] and biases [E,S,N], S = len(steps)
+    steps:list[int], # return the heads after these many steps, ascending
+) -> tuple[Tensor,Tensor]: # weights [E,S,N,D] and biases [E,S,N], S = len(steps); raises `BadInput`
     "The adapted heads θ′ themselves: `head_path` without a gradient, for many tasks at once."
-    y, beta, few = _ready(support, labels, support, weight, bias, steps, 2), lr/support.shape[1], support.shape[1] <= 10
-    z0, g = (support @ weight.T + bias).mT, support @ support.mT + 1
-    z0, g, y = (o.permute(2, 1, 0).contiguous() if few else o.contiguous() for o in (z0, g, y)) # few: [n,N,E], [n,n,E], [n,N,E]
-    a, z, out, done = torch.zeros_like(y), torch.empty_like(y), [], 0
+    y = _one_hot(support, labels, support, weight, bias, steps, 2)
+    beta = lr/support.shape[1]
+    z0, gram = (support @ weight.T + bias).mT, support @ support.mT + 1
+    few = support.shape[1] <= 10 # then the task is the last axis: [n,N,E], [n,n,E], [n,N,E]
+    z0, gram, y = (o.permute(2, 1, 0).contiguous() if few else o.contiguous() for o in (z0, gram, y))
+    a, z = torch.zeros_like(y), torch.empty_like(y)
+    out, done = [], 0
     for stop in steps:
         for _ in range(stop - done):
-            if few:
-                z.copy_(z0)
-                for j in range(len(g)): z.addcmul_(g[j, :, None], a[j], value=-1)
-            else: torch.baddbmm(z0, a, g, alpha=-1, out=z)
+            z = _support_logits(z0, gram, a, z, few)
             a.add_(z.softmax(1).sub_(y), alpha=beta)
-        out, done = out + [(a.permute(2, 1, 0) if few else a).clone(memory_format=torch.contiguous_format)], stop # a copy: `a` goes on
+        done = stop
+        now = a.permute(2, 1, 0) if few else a
+        out.append(now.clone(memory_format=torch.contiguous_format)) # a copy, as `a` will change
     a = torch.stack(out, 1)
     return weight - a @ support[:, None], bias - a.sum(-1)
 
@@ -105,19 +132,19 @@ def fit_head(
     support:Tensor, # [E,n,D] support features
     labels:Tensor, # int64 [E,n] in 0..N-1
     query:Tensor, # [E,m,D] query features
-    weight:Tensor, # [N,D] θ₀, the head's start
+    weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
     steps:int, # gradient steps
     order:int=2, # order of the outer gradient: 2, or 1
-) -> Tensor: # [E,m,N] query logits of the adapted heads θ′
-    "Adapt the head on each task's support set and answer its queries, by whichever form is cheaper; `ValueError` says what does not fit."
+) -> Tensor: # [E,m,N] query logits of the adapted heads θ′; raises `BadInput`
+    "Adapt the head on each task's support set and classify its queries, by whichever form is cheaper."
     path = head_path if support.dim() == 3 and support.shape[1] < 2*support.shape[2] else head_path_primal
     return path(support, labels, query, weight, bias, lr, [steps], order)[-1]
 
 # %% ../../nbs/05_models.base_learner.ipynb #2d7a1937
 class BaseLearner(nn.Module):
-    "The inner loop with its meta-learned start θ₀: `(support, labels, query) -> query logits`."
+    "The inner loop with its meta-learned initial head θ₀: `(support, labels, query) -> query logits`."
     def __init__(self,
         d:int, # D, features
         n_way:int, # N
@@ -126,9 +153,9 @@ class BaseLearner(nn.Module):
         order:int=2, # order of the outer gradient: 2, or 1
     ):
         super().__init__()
-        if d < 1 or n_way < 1: raise ValueError(f"a head needs at least one feature and one class, got d={d} and n_way={n_way}")
-        if steps < 0 or lr < 0: raise ValueError(f"steps and lr must not be negative, got {steps} and {lr}")
-        if order not in (1, 2): raise ValueError(f"order must be 1 or 2, got {order}")
+        require(d >= 1 and n_way >= 1, f"a head needs at least one feature and one class, got d={d} and n_way={n_way}")
+        require(steps >= 0 and lr >= 0, f"steps and lr must not be negative, got {steps} and {lr}")
+        require(order in (1, 2), f"order must be 1 or 2, got {order}")
         self.weight, self.bias = nn.Parameter(torch.zeros(n_way, d)), nn.Parameter(torch.zeros(n_way))
         self.lr, self.steps, self.order = lr, steps, order
     def forward(self,
@@ -136,5 +163,8 @@ class BaseLearner(nn.Module):
         labels:Tensor, # int64 [E,n] in 0..N-1
         query:Tensor, # [E,m,D] query features
     ) -> Tensor: # [E,m,N] query logits of the adapted heads θ′
+        "`fit_head` from θ₀."
         return fit_head(support, labels, query, self.weight, self.bias, self.lr, self.steps, self.order)
-    def extra_repr(self): return f"d={self.weight.shape[1]}, n_way={len(self.weight)}, lr={self.lr}, steps={self.steps}, order={self.order}"
+    def extra_repr(self):
+        n_way, d = self.weight.shape
+        return f"d={d}, n_way={n_way}, lr={self.lr}, steps={self.steps}, order={self.order}"

@@ -11,7 +11,7 @@ __all__ = ['ConvNet4']
 import torch
 from torch import Tensor, nn
 
-from ..core import require
+from ..core import BadInput, require
 from .backbones import register_backbone
 
 # %% ../../nbs/84_models.convnet4.ipynb #be916c4b
@@ -41,8 +41,8 @@ class ConvNet4(nn.Module):
         x:Tensor, # float [B,3,H,W]
     ) -> Tensor: # [B,D]
         "The features of a batch of images."
-        fits = x.dim() == 4 and x.shape[1] == 3 and min(x.shape[2:]) >= 16
-        require(fits, f"ConvNet4 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
-        right = not self.size or list(x.shape[2:]) == [self.size]*2
-        require(right, f"this ConvNet4 was made for {self.size} pixels a side, got {list(x.shape[2:])}")
+        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16: # no `require`: its message would be compiled along
+            raise BadInput(f"ConvNet4 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
+        if self.size and list(x.shape[2:]) != [self.size]*2:
+            raise BadInput(f"this ConvNet4 was made for {self.size} pixels a side, got {list(x.shape[2:])}")
         return self.blocks(x).flatten(1) if self.size else self.blocks(x).mean((2, 3))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core import BadInput
 from .backbones import register_backbone
 
 # %% ../../nbs/04_models.resnet12.ipynb #bf6948d1
@@ -23,15 +24,15 @@ class ResBlock(nn.Module):
         dropout:float=0., # dropout after the pooling, in training
     ):
         super().__init__()
-        conv = lambda i, k: nn.Conv2d(i, c_out, k, padding=k//2, bias=False)
-        self.conv1, self.bn1 = conv(c_in, 3), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = conv(c_out, 3), nn.BatchNorm2d(c_out)
-        self.conv3, self.bn3 = conv(c_out, 3), nn.BatchNorm2d(c_out)
-        self.short, self.bn0 = conv(c_in, 1), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.conv3, self.bn3 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
+        self.short, self.bn0 = nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
         self.dropout = nn.Dropout(dropout)
     def forward(self,
         x:Tensor, # [B,c_in,H,W]
     ) -> Tensor: # [B,c_out,H//2,W//2]
+        "Main path plus shortcut, leaky ReLU, pooling."
         h = F.leaky_relu(self.bn1(self.conv1(x)), 0.1)
         h = F.leaky_relu(self.bn2(self.conv2(h)), 0.1)
         h = self.bn3(self.conv3(h)) + self.bn0(self.short(x))
@@ -54,8 +55,10 @@ class ResNet12(nn.Module):
                 if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, a=0.1, mode="fan_out")
         self.widths, self.num_features = tuple(widths), widths[-1]
     def forward(self,
-        x:Tensor, # float [B,3,H,W], H and W at least 16
+        x:Tensor, # float [B,3,H,W], H and W at least 16; raises `BadInput` for other shapes
     ) -> Tensor: # [B,D]
-        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16: raise ValueError(f"ResNet12 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
+        "The features of a batch of images."
+        if x.dim() != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 16:
+            raise BadInput(f"ResNet12 takes [B,3,H,W] with H, W of at least 16, got {list(x.shape)}")
         x = self.blocks(x)
         return x.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)) # not in bfloat16

@@ -1,4 +1,4 @@
-"""One number for each filter, one for each channel: what meta-training is allowed to change.
+"""One number for each filter and one for each channel: these are what meta-training may change.
 
 Docs: https://mtl-nb.github.io/mtl_nb/models.scale_shift.html.md"""
 
@@ -14,36 +14,51 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from ..core import require
+
 # %% ../../nbs/08_models.scale_shift.ipynb #bb639083
-def _like(conv): # how to build a convolution of the same form
+def _like(conv):
+    "The arguments that build a convolution of the same form, on the meta device: no memory, and no random numbers."
     keys = "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
-    return {k: getattr(conv, k) for k in keys} | {"device": "meta"} # meta: no memory, and no random numbers, for weights that are replaced at once
+    return {k: getattr(conv, k) for k in keys} | {"device": "meta"}
+
+def _frozen(p):
+    "The same numbers as a parameter that is not trained."
+    return None if p is None else nn.Parameter(p.detach(), requires_grad=False)
 
 # %% ../../nbs/08_models.scale_shift.ipynb #040ab47b
 class SSConv2d(nn.Conv2d):
-    "SS(X;W,b;Φ) = (W⊙Φ_S1)X + (b+Φ_S2): a convolution whose own weights are frozen, with a scale for each filter and a shift for each output channel."
+    """SS(X;W,b;Φ) = (W⊙Φ_S1)X + (b+Φ_S2): a convolution whose own weights are frozen,
+    with a scale for each filter and a shift for each output channel."""
     def __init__(self,
         conv:nn.Conv2d, # the pre-trained convolution; its weights are shared, not copied
     ):
         super().__init__(**_like(conv), bias=conv.bias is not None)
-        frozen = lambda p: None if p is None else nn.Parameter(p.detach(), requires_grad=False)
-        self.weight, self.bias = frozen(conv.weight), frozen(conv.bias)
+        self.weight, self.bias = _frozen(conv.weight), _frozen(conv.bias)
         self.scale = nn.Parameter(conv.weight.new_ones(*conv.weight.shape[:2], 1, 1))
         self.shift = nn.Parameter(conv.weight.new_zeros(len(conv.weight)))
         self.train(conv.training)
-    def kernel(self) -> tuple[Tensor,Tensor]: # weight [out,in/groups,k,k] and bias [out] as they act
+    def kernel(self) -> tuple[Tensor,Tensor]: # the effective weight [out,in/groups,k,k] and bias [out]
         "W ⊙ Φ_S1 and b + Φ_S2."
         return self.weight*self.scale, self.shift if self.bias is None else self.bias + self.shift
     def forward(self,
         x:Tensor, # [B,in,H,W]
     ) -> Tensor: # [B,out,H',W']
+        "The convolution with the effective weight and bias."
         return self._conv_forward(x, *self.kernel())
 
 # %% ../../nbs/08_models.scale_shift.ipynb #423b0e60
-def _swap(module, test, make, seen): # replace children in place; a module that is used twice is replaced by one
+def _is_large(m):
+    "Is it a plain convolution larger than 1×1? (A subclass has a forward of its own, which would be lost.)"
+    return type(m) is nn.Conv2d and max(m.kernel_size) > 1
+
+def _is_ss(m): return isinstance(m, SSConv2d)
+
+def _replace(module, test, make, seen):
+    "Replace the submodules that pass `test`, in place; a module that is used twice is replaced by one."
     for name, child in module._modules.items():
         if child is None: continue
-        if child not in seen: seen[child] = make(child) if test(child) else _swap(child, test, make, seen)
+        if child not in seen: seen[child] = make(child) if test(child) else _replace(child, test, make, seen)
         setattr(module, name, seen[child])
     return module
 
@@ -52,30 +67,34 @@ def scale_shift(
     net:nn.Module, # any network with `Conv2d` layers
 ) -> nn.Module: # a frozen copy in evaluation mode; only its scales and shifts are trainable
     "Put a scale and a shift on every plain convolution larger than 1×1. The network that was given is untouched."
-    if any(isinstance(m, SSConv2d) for m in net.modules()): raise ValueError("this network has scales and shifts already: `merge` them into its weights first")
-    big = lambda m: type(m) is nn.Conv2d and max(m.kernel_size) > 1 # not a subclass: its own forward would be lost
-    if not any(big(m) for m in net.modules()): raise ValueError("this network has no plain Conv2d larger than 1×1 to scale and shift")
+    modules = list(net.modules())
+    require(not any(map(_is_ss, modules)),
+        "this network has scales and shifts already: `merge` them into its weights first")
+    require(any(map(_is_large, modules)), "this network has no plain Conv2d larger than 1×1 to scale and shift")
     net = deepcopy(net).requires_grad_(False).eval()
-    return SSConv2d(net) if big(net) else _swap(net, big, SSConv2d, {})
+    return SSConv2d(net) if _is_large(net) else _replace(net, _is_large, SSConv2d, {})
 
 # %% ../../nbs/08_models.scale_shift.ipynb #87992646
 def ss_parameters(
     net:nn.Module, # a network from `scale_shift`
-) -> Iterator[tuple[str,nn.Parameter]]: # (name, parameter), for each convolution its scale [out,in/groups,1,1] and its shift [out]
+) -> Iterator[tuple[str,nn.Parameter]]: # (name, parameter): scales [out,in/groups,1,1] and shifts [out]
     "Φ: the scales and shifts by name."
     for name, m in net.named_modules():
-        if isinstance(m, SSConv2d): yield from ((f"{name}.scale".lstrip("."), m.scale), (f"{name}.shift".lstrip("."), m.shift))
+        if not _is_ss(m): continue
+        yield f"{name}.scale".lstrip("."), m.scale
+        yield f"{name}.shift".lstrip("."), m.shift
 
 # %% ../../nbs/08_models.scale_shift.ipynb #8ca2338b
 def _plain(ss): # SSConv2d -> Conv2d
-    conv, (w, b) = nn.Conv2d(**_like(ss)), ss.kernel()
-    conv.weight, conv.bias = (nn.Parameter(o.detach().clone(), requires_grad=False) for o in (w, b))
+    conv, (weight, bias) = nn.Conv2d(**_like(ss)), ss.kernel()
+    conv.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    conv.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return conv.train(ss.training)
 
 # %% ../../nbs/08_models.scale_shift.ipynb #a884125b
 def merge(
     net:nn.Module, # a network from `scale_shift`
 ) -> nn.Module: # a frozen copy with plain convolutions, each with a bias
-    "Fold Φ into the weights: the same function, no cost left. The network that was given is untouched."
+    "Merge Φ into the weights: the same function at the cost of the plain network. The given network is untouched."
     net = deepcopy(net)
-    return _plain(net) if isinstance(net, SSConv2d) else _swap(net, lambda m: isinstance(m, SSConv2d), _plain, {})
+    return _plain(net) if _is_ss(net) else _replace(net, _is_ss, _plain, {})
