@@ -179,7 +179,7 @@ def prepare(
     "Stage 1: validate the input and open the run folder. Nothing is written if anything is wrong."
     _show_messages()
     _check(config, banks, not backbone)
-    if backbone: config = _with_source(backbone, config, banks)
+    if backbone: config = _with_source(config, backbone, banks)
     data = dict(name=config.data, digest={k: b.digest for k, b in banks.items()})
     same = all(o == data for o in runtime.team.all_gather_object(data))
     require(same, "the processes have read different images: give each machine the same")
@@ -482,6 +482,7 @@ def _plot_pretraining(ax, log):
     ax.plot([r["epoch"] for r in log], [100*r["accuracy"] for r in log], color=GREY, label="base classes, in training")
     ax.plot([r["epoch"] for r in checks], [100*r["val"] for r in checks], "o-", color=BLUE, label="new classes (val)")
     ax.set(title="Phase 1", xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if log: ax.legend(frameon=False)
     else: ax.text(.5, .5, "backbone of another run", transform=ax.transAxes, ha="center", color=GREY)
 
