@@ -10,7 +10,7 @@ import torch
 
 import mtl_nb.experiments.run as run_module
 from mtl_nb.core import BadInput
-from mtl_nb.data.bank import prefetch
+from mtl_nb.data.bank import ImageBank, prefetch
 from mtl_nb.data.episodes import TaskShape
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.evaluation.meta_test import Protocol
@@ -230,7 +230,7 @@ def test_a_missing_split_and_small_images_are_rejected(banks, config, tmp_path):
     two = {k: b for k, b in banks.items() if k != "test"}
     with pytest.raises(BadInput, match="is to be on 'test', but the data has only train, val"):
         run(config, two, tmp_path/"run")
-    tiny = {k: replace(b, x=b.x[:, :, :8, :8]) for k, b in banks.items()}
+    tiny = {k: ImageBank(b.x[:, :, :8, :8], b.y, b.names) for k, b in banks.items()}
     with pytest.raises(BadInput, match="images of 8 pixels are too small"): run(config, tiny, tmp_path/"run")
     assert not list(tmp_path.iterdir())
 
