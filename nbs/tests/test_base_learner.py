@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mtl_nb.core import BadInput
 from mtl_nb.models.base_learner import BaseLearner, fit_head, fit_heads, head_path, head_path_primal
 
 paths = pytest.mark.parametrize("path", [head_path, head_path_primal])
 
 def task(E=3, n=4, m=5, D=6, N=3, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    r = lambda *s: torch.randn(*s, generator=g, dtype=dtype)
-    return dict(support=r(E, n, D), labels=torch.randint(N, (E, n), generator=g), query=r(E, m, D), weight=r(N, D), bias=r(N))
+    def r(*s): return torch.randn(*s, generator=g, dtype=dtype)
+    support, labels = r(E, n, D), torch.randint(N, (E, n), generator=g)
+    return dict(support=support, labels=labels, query=r(E, m, D), weight=r(N, D), bias=r(N))
 
 bad = [
     (dict(support=torch.randn(4, 6).double()), r"support must be \[E,n,6\]"),
@@ -36,14 +38,15 @@ bad = [
 
 @paths
 @pytest.mark.parametrize("change,message", bad)
-def test_refused(path, change, message):
-    with pytest.raises(ValueError, match=message): path(**(task() | dict(lr=.1, steps=[1]) | change))
+def test_what_does_not_fit_is_rejected(path, change, message):
+    with pytest.raises(BadInput, match=message): path(**(task() | dict(lr=.1, steps=[1]) | change))
 
-def test_refused_by_the_module():
+def test_the_module_validates_its_input():
     t = task(dtype=torch.float32)
-    with pytest.raises(ValueError, match="labels must lie in"): BaseLearner(6, 3)(t["support"], t["labels"] + 3, t["query"])
+    with pytest.raises(BadInput, match="labels must lie in"):
+        BaseLearner(6, 3)(t["support"], t["labels"] + 3, t["query"])
     for kw in dict(lr=-1), dict(steps=-1), dict(order=0), dict(d=0), dict(n_way=0):
-        with pytest.raises(ValueError): BaseLearner(**(dict(d=6, n_way=3) | kw))
+        with pytest.raises(BadInput): BaseLearner(**(dict(d=6, n_way=3) | kw))
 
 @pytest.mark.parametrize("n,D", [(1, 1), (1, 6), (4, 2), (12, 6), (13, 6)])
 @pytest.mark.parametrize("order", [1, 2])
@@ -109,7 +112,8 @@ def test_first_order_keeps_no_steps(path):
         while todo:
             f = todo.pop()
             if f is None or f in seen: continue
-            seen.add(f); todo += [o for o, _ in f.next_functions]
+            seen.add(f)
+            todo += [o for o, _ in f.next_functions]
         return len(seen)
     assert nodes(1, 2) == nodes(1, 50) < nodes(2, 2) < nodes(2, 50)
 
@@ -117,12 +121,13 @@ def test_first_order_keeps_no_steps(path):
 def test_inputs_and_global_randomness_are_left_alone(path):
     t, state = task(), torch.get_rng_state()
     before = {k: v.clone() for k, v in t.items()}
-    path(**t, lr=.1, steps=[10]); BaseLearner(6, 3)
+    path(**t, lr=.1, steps=[10])
+    BaseLearner(6, 3)
     assert all(torch.equal(before[k], t[k]) for k in t) and torch.equal(state, torch.get_rng_state())
 
 @paths
 @pytest.mark.parametrize("order", [1, 2])
-def test_reads_no_value(path, order): # meta tensors have none: whoever asks for one fails here, and would wait on a GPU
+def test_reads_no_value(path, order): # meta tensors have none: reading one fails here, and would wait on a GPU
     t = {k: v.to("meta") for k, v in task().items()}
     z, = path(**t, lr=.1, steps=[3], order=order)
     assert z.shape == (3, 5, 3) and z.device.type == "meta"
@@ -141,7 +146,9 @@ def test_never_waits_for_the_gpu(path):
 
 def test_saved_and_loaded():
     t, a, b = task(dtype=torch.float32), BaseLearner(6, 3, .1, 5), BaseLearner(6, 3, .1, 5)
-    with torch.no_grad(): a.weight.add_(t["weight"]); a.bias.add_(t["bias"])
+    with torch.no_grad():
+        a.weight.add_(t["weight"])
+        a.bias.add_(t["bias"])
     b.load_state_dict(a.state_dict())
     x = t["support"], t["labels"], t["query"]
     assert torch.equal(a(*x), b(*x)) and torch.equal(a(*x), fit_head(*x, t["weight"], t["bias"], .1, 5))
@@ -151,7 +158,9 @@ def test_saved_and_loaded():
 
 @pytest.mark.parametrize("E, n, N", [(1, 1, 3), (1, 1, 1), (1, 5, 5), (3, 1, 4), (3, 10, 5), (3, 11, 5), (1, 25, 5)])
 def test_heads_of_every_size_on_the_way(E, n, N):
-    "Also where an array of one task or one picture is in order however its axes are rotate_some."
+    "Also where an array of one task or one picture is contiguous in any order of its axes."
     t, steps = task(E, n, N=N), [0, 1, 1, 20]
     weights, biases = fit_heads(t["support"], t["labels"], t["weight"], t["bias"], 0.1, steps)
-    for i, z in enumerate(head_path(**t, lr=0.1, steps=steps)): assert torch.allclose(t["query"] @ weights[:, i].mT + biases[:, i, None], z, rtol=0, atol=1e-12)
+    for i, z in enumerate(head_path(**t, lr=0.1, steps=steps)):
+        logits = t["query"] @ weights[:, i].mT + biases[:, i, None]
+        assert torch.allclose(logits, z, rtol=0, atol=1e-12)

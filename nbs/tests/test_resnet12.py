@@ -1,18 +1,19 @@
-"The backbone: gradients, layouts, round trips, refused input."
+"The ResNet-12: gradients, layouts, round trips, input validation."
 from copy import deepcopy
 
 import pytest
 import torch
 
-from mtl_nb.train.checkpoints import load, save
+from mtl_nb.core import BadInput
 from mtl_nb.models.resnet12 import ResBlock, ResNet12
+from mtl_nb.train.checkpoints import load, save
 
 WIDTHS = (4, 6, 8, 10)
 def images(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 3, 16, 15), (2, 1, 32, 32), (3, 32, 32), (2, 32, 32, 3)])
-def test_refuses(shape):
-    with pytest.raises(ValueError, match="takes"): ResNet12(WIDTHS)(torch.zeros(shape))
+def test_other_shapes_are_rejected(shape):
+    with pytest.raises(BadInput, match="takes"): ResNet12(WIDTHS)(torch.zeros(shape))
 
 def test_every_parameter_gets_a_gradient():
     net = ResNet12(WIDTHS)
@@ -38,7 +39,7 @@ def test_an_empty_batch():
 
 def test_saved_and_loaded(tmp_path):
     net = ResNet12(WIDTHS, seed=3)
-    net(images(4, 3, 16, 16))  # so that the running averages are not those of a fresh network
+    net(images(4, 3, 16, 16)) # so that the running averages are not those of a fresh network
     save(tmp_path/"net.safetensors", net.state_dict(), dict(widths=WIDTHS))
     tensors, record = load(tmp_path/"net.safetensors")
     other = ResNet12(record["widths"])
