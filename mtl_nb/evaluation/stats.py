@@ -1,4 +1,4 @@
-"""Intervals over tasks, paired differences, over classes, over seeds.
+"""How sure a number is, and about what: other tasks, other training runs, or other classes.
 
 Docs: https://mtl-nb.github.io/mtl_nb/evaluation.stats.html.md"""
 
