@@ -178,9 +178,7 @@ def weights_in(
     "The models that a folder offers, the linear-head baseline first."
     folder = Path(folder)
     out = [(r["method"], r["shot"]) for r in _rows(folder) if not get_method(r["method"]).meta]
-    for path in sorted(folder.glob("*.safetensors")):
-        record = load(path)[1]
-        if record.get("kind") != "mtl": continue
+    for _, record in _method_files(folder).values():
         label = record.get("method") or ("MTL + HT" if record.get("hard") else "MTL") # older files do not name it
         out.append((get_method(label).label, record["shot"]))
     order = list(METHODS)
@@ -229,7 +227,11 @@ def load_weights(
         row = rows[label] | dict(head_lr=head["lr"], head_steps=head["steps"])
         return _untrained(path/"pretrain.safetensors", label, row, device)
     record = load(path)[1]
-    if record.get("kind") != "backbone": return Weights(*load_model(path, device))
+    if record.get("kind") != "backbone":
+        found = Weights(*load_model(path, device))
+        require(method is None or get_method(method) is found.method,
+                f"{path} holds '{found.method.label}', not '{method}'")
+        return found
     label, inner = method or "head only", dict(lr=.01, steps=100, head_lr=.01, head_steps=100)
     require(not get_method(label).meta, f"{path} holds a backbone alone, not the weights of '{label}'")
     return _untrained(path, label, dict(way=5, shot=k_shot or 1, **inner), device)
