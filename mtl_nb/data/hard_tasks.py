@@ -32,7 +32,7 @@ class HardTaskSampler(TaskSampler):
         require(hard_count >= 0, f"hard_count must be 0 or more, got {hard_count}")
         self.random, self.hard_count = random, hard_count
         self.left = random # tasks of the present kind that are still to come in this cycle
-        self.failed = [] # the set of failures {m}, in the order in which they failed
+        self.failed: list[int] = [] # the set of failures {m}, in the order in which they failed
 
     def __next__(self) -> Tensor: # int64 [e,N,K+Q], e at most `batch`
         "The next meta-batch, as image indices; which classes a hard one has depends on the feedback so far."

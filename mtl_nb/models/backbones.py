@@ -38,7 +38,7 @@ def backbone_names() -> list[str]: # in the order in which they were registered
     discover("mtl_nb.models")
     return list(BACKBONES)
 
-# %% ../../nbs/25_models.backbones.ipynb #664312fc
+# %% ../../nbs/25_models.backbones.ipynb #f1d3cdea
 @contextmanager
 def _evaluation_mode(net):
     "The network in evaluation mode without gradients; afterwards each of its modules is in its mode of before."
@@ -56,7 +56,7 @@ def check_backbone(
 ) -> int: # D; raises `BadInput` when the network does not keep the contract
     "Try a network on two pictures: does it return D features for each, and the same ones for a picture alone?"
     require(isinstance(net, nn.Module), f"{name} must be a torch.nn.Module, got {type(net).__name__}")
-    d = getattr(net, "num_features", None)
+    d = getattr(net, "num_features", 0)
     require(type(d) is int and d > 0, f"{name} has no num_features: set it to D, the number of features it returns")
     x = torch.linspace(-2, 2, 2*3*size*size).view(2, 3, size, size)
     with _evaluation_mode(net):

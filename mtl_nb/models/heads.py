@@ -42,8 +42,8 @@ class Classifier(nn.Module):
         rotation:bool=False, # a second head with four outputs?
     ):
         super().__init__()
-        d = getattr(net, "num_features", None)
-        require(d is not None, f"{type(net).__name__} has no num_features: set it to D, the number of its features")
+        d = getattr(net, "num_features", 0)
+        require(d > 0, f"{type(net).__name__} has no num_features: set it to D, the number of its features")
         require(n_classes >= 1, f"a classifier needs at least one class, got {n_classes}")
         self.net = net
         with torch.random.fork_rng(devices=[]):

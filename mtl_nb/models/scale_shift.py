@@ -11,7 +11,6 @@ __all__ = ['SSConv2d', 'scale_shift', 'ss_parameters', 'merge']
 from collections.abc import Iterator
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 
 from ..core import require
@@ -72,7 +71,8 @@ def scale_shift(
         "this network has scales and shifts already: `merge` them into its weights first")
     require(any(map(_is_large, modules)), "this network has no plain Conv2d larger than 1×1 to scale and shift")
     net = deepcopy(net).requires_grad_(False).eval()
-    return SSConv2d(net) if _is_large(net) else _replace(net, _is_large, SSConv2d, {})
+    if type(net) is nn.Conv2d: return SSConv2d(net)
+    return _replace(net, _is_large, SSConv2d, {})
 
 # %% ../../nbs/08_models.scale_shift.ipynb #87992646
 def ss_parameters(
