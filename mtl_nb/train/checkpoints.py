@@ -1,4 +1,4 @@
-"""Weights and state on disk: whole, or not at all.
+"""Weights and training state on disk: a file is complete, or it is not there.
 
 Docs: https://mtl-nb.github.io/mtl_nb/train.checkpoints.html.md"""
 

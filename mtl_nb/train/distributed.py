@@ -1,4 +1,4 @@
-"""CPU, CUDA, MPS: one program, one door.
+"""The same program on a CPU, one GPU, a Mac, or many GPUs.
 
 Docs: https://mtl-nb.github.io/mtl_nb/train.distributed.html.md"""
 

@@ -1,4 +1,4 @@
-"""Learn from five pictures, be asked about others, and let the answers move the scales and shifts.
+"""Adapt a head to five images, measure its loss on other images, and let that loss update the scales and shifts.
 
 Docs: https://mtl-nb.github.io/mtl_nb/train.meta_train.html.md"""
 

@@ -1,4 +1,4 @@
-"""One classifier over all base classes at once. Its body is kept, its head is thrown away.
+"""One classifier over all base classes. Its feature extractor is used from here on; its head is thrown away.
 
 Docs: https://mtl-nb.github.io/mtl_nb/train.pretrain.html.md"""
 
