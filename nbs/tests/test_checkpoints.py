@@ -42,7 +42,7 @@ def test_round_trip_of_every_type(path, dtype):
 
 def test_views_of_one_memory_and_other_layouts(path):
     x = torch.arange(48.).view(2, 3, 2, 4)
-    t = {"x": x, "same": x, "row": x[0, 1], "rotate_some": x.mT, "last": x.contiguous(memory_format=torch.channels_last), "grad": x.clone().requires_grad_()}
+    t = {"x": x, "same": x, "row": x[0, 1], "transposed": x.mT, "last": x.contiguous(memory_format=torch.channels_last), "grad": x.clone().requires_grad_()}
     save(path, t, {})
     for k, v in load(path)[0].items(): assert torch.equal(v, t[k]) and not v.requires_grad
 
@@ -241,14 +241,14 @@ def test_places_that_can_be_no_run_folder(tmp_path):
 
 def test_a_run_goes_on_with_its_own_folder_only(tmp_path):
     run = RunFolder(tmp_path/"a"/"b", RUN)
-    assert run.kept("phase1") is None
+    assert run.load_state("phase1") is None
     run.log.append(dict(loss=.5)); run.save_state("phase1", train=state(), seconds=1.5); run.log.append(dict(loss=.4))
     again = RunFolder(run.path, RUN, resume=True)
-    kept = again.kept("phase1")
+    kept = again.load_state("phase1")
     assert kept["seconds"] == 1.5 and again.log == [dict(loss=.5)]
     state().load_state_dict(kept["train"])
     for other in RUN | dict(recipe_sha256="x"), RUN | dict(data=dict(name="fc100")): refused(lambda: RunFolder(run.path, other, resume=True), "holds")
     (run.path/".phase1.state").write_bytes((run.path/".phase1.state").read_bytes()[:-9])
-    refused(lambda: again.kept("phase1"), "damaged")
+    refused(lambda: again.load_state("phase1"), "damaged")
     again.clear()
     assert sorted(os.listdir(run.path)) == ["log.jsonl", "recipe.json"]

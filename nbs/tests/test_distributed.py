@@ -26,7 +26,7 @@ def test_takes_what_is_here(runtime, cuda, mps, name, want):
 @pytest.mark.parametrize("cuda,mps,name", [(0, False, "cuda"), (0, False, "mps"), (2, False, "cuda:2"), (2, False, "mps"), (0, True, "cuda:0"), (0, False, "meta"), (0, False, "xpu")])
 def test_refuses_what_is_not(runtime, cuda, mps, name):
     runtime(cuda, mps)
-    with pytest.raises(ValueError, match=f"^device '{name}' is not here: this runtime has .*cpu$"): pick_device(name)
+    with pytest.raises(ValueError, match=f"^device '{name}' is not here: this machine has .*cpu$"): pick_device(name)
 
 @pytest.mark.parametrize("name", ["gpu", "", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cpu,cuda"])
 def test_refuses_what_it_does_not_know(name):
@@ -37,7 +37,7 @@ def test_refuses_what_it_does_not_know(name):
 def test_more_processes_than_cards(runtime, monkeypatch, name):
     runtime(2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="^3 processes on a runtime with 2 GPUs: start no more"): pick_device(name)
+    with pytest.raises(ValueError, match="^3 processes on a machine with 2 GPUs: start no more"): pick_device(name)
     assert str(pick_device("cpu")) == "cpu"
     runtime(0)
     assert str(pick_device("auto")) == "cpu"
@@ -45,7 +45,7 @@ def test_more_processes_than_cards(runtime, monkeypatch, name):
 def test_processes_that_nobody_started(monkeypatch):
     for o in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(o, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes, but RANK and MASTER_ADDR and MASTER_PORT are not set: start them with torchrun"): join(torch.device("cpu"))
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT are not set: start the processes with torchrun"): join(torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join(torch.device("cpu")).size == 1
 
@@ -57,7 +57,7 @@ def test_environment_that_is_no_number(monkeypatch, name, value, call):
 
 def test_rank_beyond_the_team(monkeypatch):
     for k, v in dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
-    with pytest.raises(ValueError, match="RANK is 5, with 2 processes it can be no more than 1"): join(torch.device("cpu"))
+    with pytest.raises(ValueError, match="RANK is 5, but with 2 processes it is 1 at most"): join(torch.device("cpu"))
 
 def test_a_rank_without_a_team_is_not_muted(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3"); monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -70,8 +70,8 @@ def test_a_rank_without_a_team_is_not_muted(monkeypatch, capsys):
 def test_who_goes_home_with_the_others_leaves_the_team(monkeypatch, stumble, left):
     "A stopped or broken process goes at once: the others may still wait for it, and it for them."
     gone = []
-    monkeypatch.setattr("mtl_nb.devices.dist.is_initialized", lambda: True)
-    monkeypatch.setattr("mtl_nb.devices.dist.destroy_process_group", lambda: gone.append(1))
+    monkeypatch.setattr("mtl_nb.train.distributed.dist.is_initialized", lambda: True)
+    monkeypatch.setattr("mtl_nb.train.distributed.dist.destroy_process_group", lambda: gone.append(1))
     def command():
         if stumble: raise stumble
     with pytest.raises(ZeroDivisionError) if isinstance(stumble, ZeroDivisionError) else nullcontext(): run_command(command, KeyError)

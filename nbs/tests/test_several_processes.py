@@ -15,6 +15,7 @@ from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.train.checkpoints import load
 from mtl_nb.core import BadInput
 from mtl_nb.train.distributed import ALONE, Team, run_command, join
+from mtl_nb.data.augment import AugmentConfig
 from mtl_nb.data.episodes import TaskSampler, TaskShape
 from mtl_nb.evaluation.exam import evaluate_path, features, make_exam
 from mtl_nb.data.glyphs import glyphs
@@ -25,7 +26,7 @@ from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.models.scale_shift import scale_shift
 
-CROP = dict(pad=2, flip=True, jitter=.2, zoom=.8)
+CROP = AugmentConfig(2, True, .2, .8)
 
 def two(*args, n=2, timeout=300):
     "Start this file, or a command, in `n` processes as torchrun would; their outputs and exit codes."
@@ -36,8 +37,8 @@ def two(*args, n=2, timeout=300):
     finally: [p.kill() for p in them]
     return said, [p.returncode for p in them]
 
-def one_phase(team, shares=2):
-    bank, cfg = glyphs(0)["train"].subset(range(8)), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, shares=shares)
+def one_phase(team, bn_splits=2):
+    bank, cfg = glyphs(0)["train"].subset(range(8)), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, bn_splits=bn_splits)
     state = pretrain_state(ResNet12((4, 8, 8, 16), dropout=.1), 8, cfg)
     return list(pretrain(state, bank, cfg, team)), state.model.state_dict()
 
@@ -85,7 +86,7 @@ def test_phase_1_with_shares(pair):
         for a, b in zip(records, there, strict=True): near(a, b, 1e-4)
         near(weights, w, 1e-3)
     assert all(torch.equal(v, pair[1]["one"][1][k]) for k, v in pair[0]["one"][1].items()), "the processes have come apart"
-    whole, _ = one_phase(ALONE, shares=1)
+    whole, _ = one_phase(ALONE, bn_splits=1)
     assert abs(whole[-1]["loss"] - records[-1]["loss"]) > 1e-4, "shares of a batch are another computation"
 
 def test_phase_2(pair):
@@ -125,10 +126,10 @@ def test_the_team_parts_before_python_ends(pair):
     assert [p["gone"] for p in pair] == [True, True]
 
 def test_shares_that_do_not_fit():
-    bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, shares=5)
+    bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, bn_splits=5)
     with pytest.raises(BadInput, match="fewer than 2 images"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg))
-    cfg = PretrainConfig(batch=8, shares=3)
-    with pytest.raises(BadInput, match="cannot be dealt to 2 processes"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg, Team(0, 2)))
+    cfg = PretrainConfig(batch=8, bn_splits=3)
+    with pytest.raises(BadInput, match="cannot be divided among 2 processes"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg, Team(0, 2)))
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -151,7 +152,7 @@ def test_command_in_two_processes(pictures, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors", "recipe.json", "results.json"]
     _, record = load(tmp_path/"run/pretrain.safetensors")
     again, codes = two(*command, "--out", tmp_path/"run")
-    assert codes == [2, 2] and "holds this recipe already" in again[0][1] and again[1] == ("", "")
+    assert codes == [2, 2] and "holds this config already" in again[0][1] and again[1] == ("", "")
     done, codes = two(*command, "--out", tmp_path/"run", "--resume")
     assert codes == [0, 0] and "MTL + HT" in done[0][0]
 
