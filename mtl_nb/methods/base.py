@@ -1,4 +1,4 @@
-"""Every method by one handle: how it is made, trained, tuned and examined, so that a run need not ask which one it is.
+"""One class for every method: how its model is built, trained, tuned and evaluated, so that all are treated alike.
 
 Docs: https://mtl-nb.github.io/mtl_nb/methods.base.html.md"""
 

@@ -1,4 +1,4 @@
-"""All weights adapt to each task; where they start is learned.
+"""All weights of the network adapt to each task; where they start is learned.
 
 Docs: https://mtl-nb.github.io/mtl_nb/methods.maml.html.md"""
 

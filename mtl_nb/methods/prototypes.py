@@ -1,4 +1,4 @@
-"""The rivals, each in its shortest honest form: MAML, prototypes, cosine, TADAM. The same tasks, the same loop, the same exam.
+"""Within a task nothing is trained: a classifier is computed from the mean feature of each class.
 
 Docs: https://mtl-nb.github.io/mtl_nb/methods.prototypes.html.md"""
 

@@ -1,4 +1,4 @@
-"""A backbone that each task conditions, with prototypes on top.
+"""Prototypes on a backbone whose channels are scaled and shifted for each task, without any step of gradient descent.
 
 Docs: https://mtl-nb.github.io/mtl_nb/methods.tadam.html.md"""
 
