@@ -8,8 +8,8 @@ Docs: https://mtl-nb.github.io/mtl_nb/cli.html.md"""
 __all__ = ['LOG', 'STOPPED', 'DEADLINE', 'BAD_INPUT', 'COMMANDS', 'OVERVIEW', 'run_command', 'show_messages', 'DataOptions',
            'ComputeOptions', 'OutputOptions', 'RunOptions', 'read_value', 'make_parser', 'add_options', 'parse',
            'config_fields', 'add_config_options', 'read_changes', 'import_plugins', 'registry_words', 'find_device',
-           'mtl_run', 'TestOptions', 'load_models', 'mtl_test', 'ResultsOptions', 'mtl_results', 'BenchOptions',
-           'mtl_bench', 'main']
+           'run_parser', 'read_run_options', 'mtl_run', 'TestOptions', 'load_models', 'mtl_test', 'ResultsOptions',
+           'mtl_results', 'BenchOptions', 'mtl_bench', 'main']
 
 # %% ../nbs/22_cli.ipynb #78f001c5
 import argparse
@@ -374,7 +374,7 @@ def find_device(
     try: return pick_device(name)
     except ValueError as e: raise BadInput(f"--device: {e}") from None
 
-# %% ../nbs/22_cli.ipynb #7545c5be
+# %% ../nbs/22_cli.ipynb #a635d606
 def _say_banks(banks, after=""):
     "How many images and classes there are, and which files were left out."
     for split, bank in banks.items():
@@ -415,23 +415,42 @@ def _same_images(banks, record):
 
 _RUN = (DataOptions, RunOptions, ComputeOptions, OutputOptions)
 
-def _prepare_run(argv):
-    "Read the options of `mtl run`: options, config, and the record that the config comes from."
-    first = make_parser("run", "")
-    for cls in _RUN: add_options(first, cls, dict.fromkeys(("datasets", "downloads", "presets", "methods"), ""))
-    texts = vars(first.parse_known_args([o for o in argv if o not in ("-h", "--help")])[0])
-    import_plugins(texts["plugin"])
-    early = SimpleNamespace(given=[k for k, v in texts.items() if v not in (None, False)], **texts)
-    if early.seed is not None: early.seed = read_value(early.seed, int, "--seed")
-    for name in ("data", "preset", "config", "compute_matched"):
+def _read_first(argv):
+    "The options that decide what the others are: the config and the plug-ins."
+    parser = make_parser("run", "")
+    for cls in _RUN: add_options(parser, cls, dict.fromkeys(("datasets", "downloads", "presets", "methods"), ""))
+    texts = vars(parser.parse_known_args([o for o in argv if o not in ("-h", "--help")])[0])
+    first = SimpleNamespace(given=[k for k, v in texts.items() if v not in (None, False)], **texts)
+    for name in ("data", "preset", "config", "compute_matched", "plugin"):
         require(texts[name] != "", f"{_flag(name)} was given nothing")
-    base, record = _read_config(early)
+    if first.seed is not None: first.seed = read_value(first.seed, int, "--seed")
+    return first
+
+def run_parser(
+    argv:Sequence[str], # the options; the config that they name decides what the help shows as defaults
+) -> tuple: # the parser of `mtl run`, that config, and the record that it comes from or None; raises `BadInput`
+    "All options of `mtl run`."
+    first = _read_first(argv)
+    import_plugins(first.plugin)
+    base, record = _read_config(first)
     parser = make_parser("run", "Pre-train, meta-train, and evaluate on classes never seen.")
     shown = dict(data=base.data, preset=None if record else base.base_preset, seed=base.seed, methods=base.methods)
     for cls in _RUN: add_options(parser, cls, registry_words(), shown)
     add_config_options(parser, base)
+    return parser, base, record
+
+def read_run_options(
+    argv:Sequence[str], # the options
+) -> tuple: # the options, the config, and the record that it comes from or None; raises `BadInput`
+    "What a command `mtl run` asks for; nothing is read from the disk but the record."
+    from mtl_nb.models.backbones import backbone_names
+    parser, base, record = run_parser(argv)
     options = parse(parser, argv, _RUN, _renamed_options())
-    return options, _final_config(options, base, read_changes(base, options.texts)), record
+    config = _final_config(options, base, read_changes(base, options.texts))
+    known = backbone_names()
+    require(config.arch in known,
+            f"no backbone '{config.arch}'{did_you_mean(config.arch, known)}: choose one of {', '.join(known)}")
+    return options, config, record
 
 def _renamed_options():
     from mtl_nb.experiments.config import LEGACY
@@ -443,7 +462,7 @@ def mtl_run(
 ) -> int|None: # 75 when the deadline came first
     "The command `mtl run`."
     started = time.time()
-    options, config, record = _prepare_run(argv)
+    options, config, record = read_run_options(argv)
     show_messages(options.quiet, options.verbose)
     from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.run import run
