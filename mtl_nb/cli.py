@@ -1,4 +1,4 @@
-"""x
+"""Your own folders of pictures, from start to end, with one command.
 
 Docs: https://mtl-nb.github.io/mtl_nb/cli.html.md"""
 
