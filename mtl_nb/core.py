@@ -24,7 +24,7 @@ class BadInput(ValueError):
 
 # %% ../nbs/81_core.ipynb #a0000010
 def require(
-    ok:bool, # the condition that must hold
+    ok:object, # the condition that must hold, or anything else that counts as true
     message:str, # one line, in the user's words
 ) -> None: # raises `BadInput` when `ok` is false
     "Input validation, one line a condition."

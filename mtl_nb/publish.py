@@ -228,10 +228,10 @@ def load_weights(
         return _untrained(path/"pretrain.safetensors", label, row, device)
     record = load(path)[1]
     if record.get("kind") != "backbone":
-        found = Weights(*load_model(path, device))
-        require(method is None or get_method(method) is found.method,
-                f"{path} holds '{found.method.label}', not '{method}'")
-        return found
+        weights = Weights(*load_model(path, device))
+        require(method is None or get_method(method) is weights.method,
+                f"{path} holds '{weights.method.label}', not '{method}'")
+        return weights
     label, inner = method or "head only", dict(lr=.01, steps=100, head_lr=.01, head_steps=100)
     require(not get_method(label).meta, f"{path} holds a backbone alone, not the weights of '{label}'")
     return _untrained(path, label, dict(way=5, shot=k_shot or 1, **inner), device)

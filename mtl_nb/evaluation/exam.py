@@ -207,5 +207,5 @@ def tune(
     total = exam.shape.n_way*exam.shape.n_query
     correct = [evaluate_path(feats, exam, base, lr, list(steps), extra, team=team) for lr in rates]
     table = torch.stack([c.double().mean(1)/total for c in correct])
-    best = table.argmax().item()
+    best = int(table.argmax())
     return rates[best//len(steps)], steps[best % len(steps)], table

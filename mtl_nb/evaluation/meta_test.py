@@ -11,7 +11,7 @@ __all__ = ['check_unseen', 'Protocol', 'Result', 'check_way', 'meta_test', 'pape
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import require
 from ..data.bank import ImageBank
@@ -55,8 +55,8 @@ class Result:
     exam:Exam # the tasks
     correct:Tensor # int64 [T] right predictions in each
     protocol:Protocol # how it was evaluated
-    lr:float # β used
-    steps:int # inner steps used
+    lr:float|None # β used; None: there is no inner loop
+    steps:int|None # inner steps used; None likewise
     @property
     def accuracy(self) -> Tensor: # float64 [T] a fraction for each task
         return self.correct.double()/(self.exam.shape.n_way*self.exam.shape.n_query)
@@ -67,7 +67,7 @@ class Result:
 
 # %% ../../nbs/11_evaluation.meta_test.ipynb #c423f818
 def check_way(
-    model:nn.Module, # of any method, with its head as `base`
+    model:MTL, # of any method
     shape:TaskShape, # of the tasks
 ) -> None: # raises `BadInput`
     "Reject tasks of another N than the model predicts."
@@ -93,9 +93,9 @@ def meta_test(
     check_way(model, protocol.shape)
     lr = model.base.lr if protocol.lr is None else protocol.lr
     steps = model.base.steps if protocol.steps is None else protocol.steps
-    place = dict(device=model.base.weight.device, team=team)
-    if feats is None: feats = features(model.embed, bank, **place)
-    if protocol.mirrored: extra = features(model.embed, bank, mirror=True, **place)
+    device = model.base.weight.device
+    if feats is None: feats = features(model.embed, bank, device=device, team=team)
+    if protocol.mirrored: extra = features(model.embed, bank, mirror=True, device=device, team=team)
     correct = evaluate_path(feats, exam, model.base, lr, [steps], extra, team=team)[0]
     return Result(exam, correct, protocol, lr, steps)
 

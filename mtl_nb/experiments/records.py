@@ -104,7 +104,8 @@ def results_table(
     return "\n".join(lines)
 
 # %% ../../nbs/38_experiments.records.ipynb #f6dfd36e
-_Fraction, _Percent = Annotated[float, Meta(ge=0, le=1)], Annotated[float, Meta(ge=0, le=100)]
+_Fraction = Annotated[float, Meta(ge=0, le=1)]
+_Percent = Annotated[float, Meta(ge=0, le=100)]
 _Points = Annotated[float, Meta(ge=-100, le=100)]
 _Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 _Whole = Annotated[int, Meta(ge=0)]

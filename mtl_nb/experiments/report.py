@@ -266,7 +266,7 @@ class Deviation:
     "Where this project departs from the authors' code, and how that is measured."
     theirs:str
     ours:str
-    pair:tuple[str,str]=() # labels: ours and theirs, compared within one preset
+    pair:tuple[str,...]=() # labels: ours and theirs, compared within one preset
     override:str="" # the override that goes back to theirs, compared with the preset without it
     protocols:bool=False # is it the protocol itself?
 

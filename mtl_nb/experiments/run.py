@@ -15,10 +15,11 @@ import logging
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -238,7 +239,7 @@ def save_backbone(
     config:ExperimentConfig,
     seconds:float, # that phase 1 took
     runtime:Runtime=Runtime(), # where Θ is
-    met:list[str]=(), # further classes that Θ was trained on, elsewhere
+    met:Sequence[str]=(), # further classes that Θ was trained on, elsewhere
 ) -> None:
     "Save Θ and, if features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
@@ -266,7 +267,8 @@ def pretrain(
         job.folder.load_state(_round_name(rounds - 1)) # for the log that it holds
         return
     if job.source: return _adopt_backbone(job)
-    model, clock = None, _Clock()
+    model:Any = None
+    clock = _Clock()
     for n in range(rounds): model = _pretrain_round(job, n, model, clock)
     save_backbone(job.backbone_file, model.net, job.banks["train"], job.config, clock.seconds, job.runtime)
 
@@ -303,6 +305,7 @@ class EarlyStopping:
         done:int, # tasks so far
     ) -> bool:
         "Were there too many checks without a better one?"
+        if self.best is None: return False
         return self.patience > 0 and done - self.best["tasks"] >= self.patience*self.every
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b000c
@@ -415,7 +418,8 @@ class LinearHead:
         *inner, # rate and steps of the inner loop
     ) -> BaseLearner: # θ₀, all zero
         "A fresh head."
-        return BaseLearner(self.net.num_features, self.job.config.way, *inner).to(self.job.device)
+        d:Any = self.net.num_features
+        return BaseLearner(d, self.job.config.way, *inner).to(self.job.device)
     def tune(self,
         k_shot:int, # K
     ) -> tuple[float,int]: # the inner rate and the number of steps with the best accuracy on val
@@ -529,7 +533,8 @@ def finish(
     rows:list[dict], # of all shots
 ) -> dict: # what `results.json` holds
     "Stage 5: write the log, the curves and, last, `results.json`; drop the saved states."
-    folder, config, curves, png = job.folder, job.config, {}, io.BytesIO()
+    folder, config, png = job.folder, job.config, io.BytesIO()
+    curves:dict[str,list] = {}
     for o in folder.log:
         if o["phase"] == 2 and "val" in o: curves.setdefault(o["run"], []).append([o["tasks"], round(o["val"], 5)])
     results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(config))),

@@ -21,6 +21,7 @@ from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -52,7 +53,8 @@ def published_head(
     second:bool=False, # keep the graph of every step, for the outer gradient
 ) -> Tensor: # [m,N] query logits of the adapted head
     "The inner loop as published: one task at a time, one call of autograd a step."
-    w, b = base.weight, base.bias
+    w:Tensor = base.weight
+    b:Tensor = base.bias
     with torch.enable_grad():
         for _ in range(base.steps):
             loss = F.cross_entropy(F.linear(support, w, b), labels)
@@ -77,8 +79,9 @@ def race(
     scale:float=1., # theirs did this many times less: its times are multiplied
 ) -> tuple[list[float],list[float]|None]: # seconds of ours and of theirs, pair by pair
     "Time the two in turn."
-    pairs = [(_seconds(ours, device), theirs and scale*_seconds(theirs, device)) for _ in range(repeats + 1)][1:]
-    return [a for a, _ in pairs], theirs and [b for _, b in pairs]
+    def pair() -> tuple[float,Any]: return _seconds(ours, device), theirs and scale*_seconds(theirs, device)
+    pairs = [pair() for _ in range(repeats + 1)][1:]
+    return [a for a, _ in pairs], [b for _, b in pairs] if theirs else None
 
 # %% ../../nbs/91_experiments.speed.ipynb #dbfa3135
 def _spread(xs):

@@ -37,7 +37,8 @@ class Ablation(Method):
     head:bool = True # does it train θ₀?
     order:int = 2 # of the outer gradient
     network:type[MTL] = MTL # the class of its model
-    inner_rates, inner_steps = RATES, STEPS
+    inner_rates:tuple = RATES
+    inner_steps:tuple = STEPS
     def __init__(self,
         **fields, # to be set otherwise than in the class; the first alias is the paper's name
     ):
@@ -52,7 +53,7 @@ class Ablation(Method):
     ) -> bool:
         "Does the outer loop update this parameter?"
         found = re.fullmatch(r"blocks\.(\d+)\..*\.(\w+)", name)
-        return bool(found) and int(found[1]) in self.blocks and found[2] in self.parts
+        return found is not None and int(found[1]) in self.blocks and found[2] in self.parts
     def build(self,
         net:nn.Module, # Θ from phase 1; it stays as it is
         base:BaseLearner, # the inner loop with θ₀; it stays as it is
@@ -119,10 +120,10 @@ def task_features(
     "Each image embedded within its task: `evaluate` and `tune` work on these features as on any."
     device, model, shape = model.base.weight.device, model.eval(), support_shape(exam, mirrored)
     n, k, m = shape.n_way, shape.k_shot, shape.k_shot + shape.n_query
-    f = [torch.zeros(0, n, m, model.base.weight.shape[1], device=device)]
+    parts = [torch.zeros(0, n, m, model.base.weight.shape[1], device=device)]
     for x in image_chunks(bank, exam, chunk, mirrored, device, team):
-        f.append(torch.cat([model.embed_tasks(x[:, :, :k]), model.embed_tasks(x[:, :, k:])], 2))
-    f = team.all_gather(torch.cat(f), len(exam))
+        parts.append(torch.cat([model.embed_tasks(x[:, :, :k]), model.embed_tasks(x[:, :, k:])], 2))
+    f = team.all_gather(torch.cat(parts), len(exam))
     return f.flatten(0, 2), replace(exam, shape=shape, idx=torch.arange(f.shape[:3].numel()).view(-1, n, m))
 
 # %% ../../nbs/32_methods.ablations.ipynb #49b2b31a

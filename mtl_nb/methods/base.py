@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def set_inner(
     steps:int|None, # inner steps
 ) -> None:
     "Set the inner loop's rate and number of steps."
-    own = model if hasattr(model, "lr") else model.base
+    own:Any = model if hasattr(model, "lr") else model.base
     own.lr, own.steps = lr, steps
 
 def trained(
@@ -262,7 +263,8 @@ class Method:
         out, own = [], get_inner(model)
         for p in protocols if self.caches_features else protocols[:1]:
             exam = make_exam(bank, p.shape, p.seed, min(p.tasks, self.eval_limit), split)
-            lr, steps = (a if None in (a, b) else b for a, b in zip(own, (p.lr, p.steps)))
+            inner:list[Any] = [a if None in (a, b) else b for a, b in zip(own, (p.lr, p.steps))]
+            lr, steps = inner
             correct = self.count_correct(model, bank, exam, (lr,), (steps,), p.mirrored, team, tta)[0, 0]
             out.append(Result(exam, correct, p, lr, steps))
         return out
@@ -363,7 +365,8 @@ def load_model(
     require(type(way) is int and way >= 2 and _is_number(lr) and _is_number(steps),
             f"{path} is damaged: its record has way {way}, lr {lr} and steps {steps}")
     method = get_method(record.get("method") or ("MTL + HT" if record.get("hard") else "MTL"))
-    base = BaseLearner(net.num_features, way).to(device)
+    d:Any = net.num_features
+    base = BaseLearner(d, record["way"]).to(device)
     model = method.build(net, base, centre, record.get("size", 0), len(phase1.get("classes", ".")))
     require({k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in trained(model).items()},
             f"{path} does not hold exactly the tensors that '{method.label}' trains")

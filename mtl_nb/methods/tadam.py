@@ -10,6 +10,7 @@ __all__ = ['TADAM', 'co_train', 'TADAMMethod']
 # %% ../../nbs/35_methods.tadam.ipynb #a0000003
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ def _conditioned(block, x, film): # `ResBlock.forward`, with factors and summand
 # %% ../../nbs/35_methods.tadam.ipynb #8cd71b54
 class TADAM(MTL):
     "Prototypes with a learned metric scale, on a backbone conditioned on each task (Oreshkin et al. 2018)."
+    backbone:ResNet12
+    base:Any # `Prototypes` with the task embedding `ten` and the head `auxiliary`
     def __init__(self,
         net:ResNet12, # the backbone; trained in place
         n_way:int, # N
@@ -56,7 +59,7 @@ class TADAM(MTL):
     ):
         if not isinstance(net, ResNet12):
             raise ValueError(f"TADAM conditions the blocks of a ResNet12, got {type(net).__name__}")
-        base = Prototypes(n_way, scale, learn=True)
+        base:Any = Prototypes(n_way, scale, learn=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             base.ten = nn.ModuleList(_TEN(net.num_features, w) for w in net.widths)
@@ -111,7 +114,8 @@ def co_train(
     **more, # further arguments of `meta_train`
 ) -> Iterator[dict]: # its records, with the auxiliary step's loss, or None; raises `BadInput`
     "`meta_train` with TADAM's auxiliary co-training."
-    head = state.model.base.auxiliary
+    model:Any = state.model
+    head = model.base.auxiliary
     require(head.out_features == len(bank.names),
             f"the auxiliary head knows {head.out_features} classes, the base classes are {len(bank.names)}")
     steps = meta_train(state, tasks, bank, cfg, team=team, **more)

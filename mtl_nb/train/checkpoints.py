@@ -32,14 +32,15 @@ def save(
     limit:int|None=None, # bytes of tensors in one file; the rest goes into further files beside it
 ) -> None: # raises `BadInput` when the place cannot be written to
     "Write tensors and their record to one file, atomically."
-    path, parts, room, others = Path(path), [{}], limit, {}
+    path, room, others = Path(path), limit or 0, {}
+    parts:list[dict[str,Tensor]] = [{}]
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous().clone()
         if limit and parts[-1] and tensor.nbytes > room:
             parts.append({})
             room = limit
         parts[-1][name] = tensor
-        room = limit and room - tensor.nbytes
+        room -= tensor.nbytes
     for i, part in enumerate(parts[1:], 2): # the first file is written last: it names the others by their SHA-256
         name, data = f"{path.stem}-part{i}.safetensors", to_bytes(part, {"record": json.dumps({"kind": "part"})})
         atomic_write(path.with_name(name), data)
@@ -154,7 +155,7 @@ def load_backbone(
         require(centre.shape == (net.num_features,),
                 f"{path} has a mean feature of {list(centre.shape)} for {net.num_features} features")
         centre = centre.to(device)
-    net = net.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    net = net.to(device).to(memory_format=torch.channels_last).requires_grad_(False).eval()
     return net, centre, record
 
 # %% ../../nbs/24_train.checkpoints.ipynb #0fecb3d1
@@ -209,7 +210,7 @@ def save_state(
     **states, # anything with `state_dict()`, or a tree of tensors and plain values
 ) -> None: # raises `BadInput` when the place cannot be written to
     "Everything needed to resume exactly, in one file."
-    tensors = {}
+    tensors:dict[str,Tensor] = {}
     tree = pack({k: s.state_dict() if hasattr(s, "state_dict") else s for k, s in states.items()}, tensors)
     save(path, tensors, {"kind": "state", "tree": tree})
 
@@ -242,7 +243,8 @@ class RunFolder:
         identity:dict, # which run this is: `recipe`, `recipe_sha256` and `data`
         resume:bool=False, # may an earlier part of this run be continued?
     ):
-        self.path, self.log = Path(path), []
+        self.path = Path(path)
+        self.log:list[dict] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             empty = not any(self.path.iterdir())

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from math import inf
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,11 +101,11 @@ class Team:
         if self.size > 1: dist.all_gather_object(gathered, x)
         return gathered
     def broadcast(self,
-        make:Callable[[],object], # called by rank 0 alone
-    ) -> object: # what it returned there, for every process; if it raised, every process raises the same
+        make:Callable[[],Any], # called by rank 0 alone
+    ) -> Any: # what it returned there, for every process; if it raised, every process raises the same
         "Let rank 0 do something, and send the result to all."
         if self.size == 1: return make()
-        result = [None]
+        result:list = [None]
         if self.rank == 0:
             try: result = [(make(), None)]
             except Exception as e: result = [(None, e)]
@@ -113,18 +114,18 @@ class Team:
         if error is not None: raise error
         return value
     def in_turn(self,
-        load:Callable[[],object], # reads the data
-    ) -> object: # what it returned here; if it raised in any process, every process raises that
+        load:Callable[[],Any], # reads the data
+    ) -> Any: # what it returned here; if it raised in any process, every process raises that
         "One process of each machine goes first, then its others."
         out = None
         for first in (True, False):
-            error = None
+            error:Exception|None = None
             if (os.environ.get("LOCAL_RANK", "0") == "0") is first:
                 try: out = load()
                 except Exception as e: error = e
-            for rank, e in enumerate(self.all_gather_object(error)): # also waits for every process
-                if e is not None and self.size > 1: e.args = (f"process {rank}: {e}",)
-                if e is not None: raise e
+            for rank, raised in enumerate(self.all_gather_object(error)): # also waits for every process
+                if raised is not None and self.size > 1: raised.args = (f"process {rank}: {raised}",)
+                if raised is not None: raise raised
         return out
 
 ALONE = Team()

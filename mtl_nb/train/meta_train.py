@@ -27,6 +27,7 @@ from .distributed import ALONE, Team, autocast
 # %% ../../nbs/09_train.meta_train.ipynb #e5a97fb5
 class MTL(nn.Module):
     "A frozen backbone with its scales and shifts, and the base learner on top."
+    centre:Tensor|None
     def __init__(self,
         backbone:nn.Module, # [B,C,H,W] -> [B,D]: from `scale_shift`, or any other; what has `requires_grad` is trained
         base:BaseLearner, # the inner loop with θ₀
@@ -141,10 +142,10 @@ def meta_train(
         for group in state.opt.param_groups: group["lr"] = group["start"]*rate
         by_class = team.all_gather(torch.cat(right), len(idx)).cpu()
         tasks.feedback(bank.y[idx[:, :, 0]], by_class)
-        loss = loss.item()
-        require(isfinite(loss), f"phase 2: the loss is no longer a finite number after {state.done} tasks: "
+        total = loss.item()
+        require(isfinite(total), f"phase 2: the loss is no longer a finite number after {state.done} tasks: "
                 "lower the outer or inner learning rate")
         state.opt.step()
         state.done += len(idx)
-        yield dict(tasks=state.done, loss=loss, accuracy=by_class.mean().item(), hard=tasks.hard, by_class=by_class)
+        yield dict(tasks=state.done, loss=total, accuracy=by_class.mean().item(), hard=tasks.hard, by_class=by_class)
     model.eval()

@@ -11,6 +11,7 @@ __all__ = ['ObjectiveConfig', 'rotate_some', 'mix_images', 'DropBlock', 'use_dro
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,10 +92,11 @@ def use_dropblock(
 ) -> nn.Module: # the same network
     "Replace dropout by `DropBlock` in the last two blocks. Raises `BadInput` when the network has no dropout."
     if not side: return net
-    require(hasattr(net, "blocks") and hasattr(net.blocks[0], "dropout"),
+    blocks:Any = getattr(net, "blocks", [None])
+    require(hasattr(blocks[0], "dropout"),
             "DropBlock replaces the dropout of ResNet-12's blocks: this backbone has none")
-    require(net.blocks[0].dropout.p > 0, "DropBlock works at the rate of dropout, and that is 0: set dropout, too")
-    for block in net.blocks[2:]: block.dropout = DropBlock(block.dropout.p, side)
+    require(blocks[0].dropout.p > 0, "DropBlock works at the rate of dropout, and that is 0: set dropout, too")
+    for block in blocks[2:]: block.dropout = DropBlock(block.dropout.p, side)
     return net
 
 # %% ../../nbs/36_train.objectives.ipynb #cf2b9ec0

@@ -73,8 +73,8 @@ def pretrain_state(
     make:Callable[...,nn.Module]=Classifier, # (net, n_classes, seed) -> what is trained; has `.net`
 ) -> TrainState: # ready for `pretrain`
     "Backbone, base head, optimiser and generator at their start."
-    model = make(net, n_classes, cfg.seed).to(device, memory_format=torch.channels_last)
-    if cfg.adam: opt = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+    model = make(net, n_classes, cfg.seed).to(device).to(memory_format=torch.channels_last)
+    if cfg.adam: opt:torch.optim.Optimizer = torch.optim.Adam(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
     else: opt = torch.optim.SGD(model.parameters(), cfg.lr, 0.9, nesterov=True, weight_decay=cfg.weight_decay)
     return TrainState(model, opt, torch.Generator().manual_seed(cfg.seed))
 
@@ -169,7 +169,7 @@ def pretrain(
                 total += loss
                 right += hits
             statistics.end_batch()
-            team.all_reduce([p.grad for p in params])
+            team.all_reduce([p.grad for p in params if p.grad is not None])
             opt.step()
         team.all_reduce([total, right, *(b.div_(team.size) for b in _statistics(model))])
         require(isfinite(float(total)), f"phase 1: the loss is no longer a finite number in epoch {state.done + 1}: "
