@@ -351,7 +351,8 @@ def compute_matched(
         odd = [o for o in (whole, *spent) if type(o) not in (int, float) or not 0 <= o < 1e8]
         if odd: raise TypeError(f"{odd[0]!r} is no number of seconds")
         epoch = whole/config.phase1.epochs
-        require(any(spent) and epoch, "this record has no MTL row with its seconds, or no seconds of phase 1: nothing to match")
+        require(any(spent) and epoch, "this record has no MTL row with its seconds, or no seconds of phase 1: "
+                "nothing to match")
         longer = replace(config.phase1, epochs=config.phase1.epochs + ceil(max(spent)/epoch))
     except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
         raise BadInput(f"the times in this record cannot be read ({type(e).__name__}: {e})") from None
