@@ -1,4 +1,4 @@
-"""Views, 90° rotations, max-pooled features and whitening: accuracy without training.
+"""Views, 90° rotations, max-pooled features and whitening: higher accuracy from a network that is already trained.
 
 Docs: https://mtl-nb.github.io/mtl_nb/evaluation.tta.html.md"""
 

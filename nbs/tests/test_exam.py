@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.core import BadInput
+from mtl_nb.data.augment import AugmentConfig
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.data.episodes import TaskShape
-from mtl_nb.evaluation.exam import RATES, STEPS, accuracy, evaluate, evaluate_path, features, make_exam, tune
+from mtl_nb.evaluation.exam import (RATES, STEPS, accuracy, augmented_features, evaluate, evaluate_head, evaluate_path,
+                                    features, make_exam, tune)
 from mtl_nb.evaluation.stats import mean_ci, paired_diff
+from mtl_nb.models.base_learner import BaseLearner
 
 def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -48,8 +50,10 @@ def test_longer_lists_begin_alike(bank, exam):
     assert torch.equal(make_exam(bank, SHAPE, tasks=7).idx, exam.idx[:7])
 
 def test_drawing_leaves_the_global_generator_alone(bank):
-    torch.manual_seed(0); want = torch.rand(3)
-    torch.manual_seed(0); make_exam(bank, SHAPE, tasks=5)
+    torch.manual_seed(0)
+    want = torch.rand(3)
+    torch.manual_seed(0)
+    make_exam(bank, SHAPE, tasks=5)
     assert torch.equal(torch.rand(3), want)
 
 def test_hashes_of_the_originals_keep_the_fingerprint(bank, exam):
@@ -68,7 +72,7 @@ def test_fingerprint_sees(bank, exam, change):
     other = bank_of(seed=1) if change == "seed" else ImageBank(x, y, names)
     assert make_exam(other, SHAPE).fingerprint != exam.fingerprint
 
-def test_exams_that_cannot_be_held(bank):
+def test_exams_that_cannot_be_drawn(bank):
     for tasks in 0, -5: refused(lambda: make_exam(bank, SHAPE, tasks=tasks), "at least 1 task")
     refused(lambda: make_exam(bank, TaskShape(7, 1, 5)), "7-way needs 7 classes, but 'val' has only 6")
     refused(lambda: make_exam(bank, TaskShape(5, 1, 20), split="test"), "'class 0' in 'test' has 20 images")
@@ -93,16 +97,29 @@ def test_features_do_not_depend_on_the_batch(bank, batch):
 
 def test_mirrored_features(bank):
     net = Net().eval()
-    assert torch.allclose(features(net, bank, mirror=True), features(net, ImageBank(bank.x.flip(-1), bank.y, bank.names, bank.hashes)), atol=1e-5)
+    flipped = ImageBank(bank.x.flip(-1), bank.y, bank.names, bank.hashes)
+    assert torch.allclose(features(net, bank, mirror=True), features(net, flipped), atol=1e-5)
+
+@pytest.mark.parametrize("batch", [64, 7])
+def test_copies_are_augmented_as_one_batch(bank, batch, monkeypatch):
+    net, augment = Net().eval(), AugmentConfig(pad=2)
+    monkeypatch.setattr("mtl_nb.evaluation.exam.features", lambda *a, **k: features(*a, batch=batch, **k))
+    got = augmented_features(net, bank, 2, augment, seed=3)
+    for c in range(2):
+        x = augment(bank.take(torch.arange(len(bank))), torch.Generator().manual_seed(10_007*3 + c))
+        with torch.no_grad(): assert torch.allclose(got[c], net(x), atol=1e-5)
 
 def test_training_mode_is_refused_and_nothing_moves(bank):
-    net = Net(); before = net.bn.running_mean.clone()
+    net = Net()
+    before = net.bn.running_mean.clone()
     for embed in net, net.embed:
-        with pytest.raises(ValueError, match="training mode"): features(embed, bank)
-    net.eval(); net.drop.train()
-    with pytest.raises(ValueError, match="training mode"): features(net, bank)
+        with pytest.raises(BadInput, match="training mode"): features(embed, bank)
+    net.eval()
+    net.drop.train()
+    with pytest.raises(BadInput, match="training mode"): features(net, bank)
     assert torch.equal(net.bn.running_mean, before)
-    features(net.eval().embed, bank); features(lambda x: x.mean((2, 3)), bank)
+    features(net.eval().embed, bank)
+    features(lambda x: x.mean((2, 3)), bank)
     assert torch.equal(net.bn.running_mean, before)
 
 # --- scoring -------------------------------------------------------------------------------------------------------
@@ -115,10 +132,15 @@ def by_hand(feats, bank, task, lr, steps, extra=None, theta=None):
     y = torch.arange(5)
     if extra is not None: sup, y = torch.cat([sup, extra[task[:, :1].flatten()]]), torch.cat([y, y])
     opt = torch.optim.SGD(head.parameters(), lr)
-    for _ in range(steps): opt.zero_grad(); F.cross_entropy(head(sup.double()), y).backward(); opt.step()
-    return int((head(feats[task[:, 1:].flatten()].double()).argmax(1) == torch.arange(5).repeat_interleave(5)).sum())
+    for _ in range(steps):
+        opt.zero_grad()
+        F.cross_entropy(head(sup.double()), y).backward()
+        opt.step()
+    logits = head(feats[task[:, 1:].flatten()].double())
+    return int((logits.argmax(1) == torch.arange(5).repeat_interleave(5)).sum())
 
-@pytest.mark.parametrize("steps,with_extra,start", [(0, False, True), (1, False, False), (30, False, True), (30, True, False)])
+@pytest.mark.parametrize("steps,with_extra,start",
+                         [(0, False, True), (1, False, False), (30, False, True), (30, True, False)])
 def test_equals_sgd_task_by_task(bank, exam, feats, steps, with_extra, start):
     extra = feats + .5*noise(*feats.shape, seed=3) if with_extra else None
     base = BaseLearner(6, 5, .3, steps)
@@ -132,19 +154,30 @@ def test_primal_and_dual_agree():
     wide = F.one_hot(bank.y, 6) + .8*noise(len(bank), 6)
     e = make_exam(bank, TaskShape(5, 8, 5), tasks=50)  # n = 40 > 2D = 12: primal
     padded = F.pad(wide, (0, 40))  # the same numbers, D = 46: dual
-    assert (evaluate(wide, e, BaseLearner(6, 5, .1, 40)) - evaluate(padded, e, BaseLearner(46, 5, .1, 40))).abs().sum() <= 2
+    primal, dual = evaluate(wide, e, BaseLearner(6, 5, .1, 40)), evaluate(padded, e, BaseLearner(46, 5, .1, 40))
+    assert (primal - dual).abs().sum() <= 2
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1000])
 def test_chunks_change_nothing(exam, feats, chunk):
     e, base = exam.first(50), BaseLearner(6, 5)
-    assert torch.equal(evaluate_path(feats, e, base, .3, [3, 20], chunk=chunk), evaluate_path(feats, e, base, .3, [3, 20]))
+    want = evaluate_path(feats, e, base, .3, [3, 20])
+    assert torch.equal(evaluate_path(feats, e, base, .3, [3, 20], chunk=chunk), want)
 
 def test_many_steps_in_one_walk(exam, feats):
     e, base = exam.first(40), BaseLearner(6, 5)
     path = evaluate_path(feats, e, base, .3, [0, 5, 5, 60])
     assert torch.equal(path[1], path[2])
     for row, n in zip(path, (0, 5, 5, 60)): assert torch.equal(row, evaluate(feats, e, BaseLearner(6, 5, .3, n)))
-    with pytest.raises(ValueError, match="ascend"): evaluate_path(feats, e, base, .3, [20, 5])
+    for steps in ([20, 5], []):
+        with pytest.raises(BadInput, match="ascend"): evaluate_path(feats, e, base, .3, steps)
+    with pytest.raises(BadInput, match="a head of 4 classes cannot predict 5-way tasks"):
+        evaluate(feats, e, BaseLearner(6, 4))
+
+def test_any_head(exam, feats):
+    e, base = exam.first(230), BaseLearner(6, 5, .3, 20)
+    assert (evaluate_head(feats, e, base) - evaluate(feats, e, base)).abs().sum() <= 2
+    extra = torch.stack([feats, feats + .5*noise(*feats.shape, seed=3)])
+    assert (evaluate_head(feats, e, base, extra) - evaluate(feats, e, base, extra)).abs().sum() <= 2
 
 @pytest.mark.parametrize("shape", [TaskShape(2, 1, 1), TaskShape(5, 5, 7), TaskShape(6, 3, 15)], ids=str)
 def test_oracle_and_constant_at_any_shape(bank, shape):
@@ -164,7 +197,7 @@ def test_scores_fit_in_two_bytes(exam, feats):
 
 # --- numbers -------------------------------------------------------------------------------------------------------
 def test_accuracy_takes_labels_of_each_task():
-    logits = noise(4, 10, 5); labels = torch.randint(0, 5, (4, 10), generator=torch.Generator().manual_seed(0))
+    logits, labels = noise(4, 10, 5), torch.randint(0, 5, (4, 10), generator=torch.Generator().manual_seed(0))
     want = [sum(logits[e, i].argmax() == labels[e, i] for i in range(10))/10 for e in range(4)]
     assert torch.allclose(accuracy(logits, labels), torch.stack(want))
     assert torch.equal(accuracy(logits, labels[0])[0], accuracy(logits, labels)[0])
@@ -191,7 +224,8 @@ def test_pairs_on_the_common_prefix():
 def test_tune_is_the_grid_of_evaluate(exam, feats):
     e, rates, steps = exam.first(60), (.01, .3), (2, 10, 40)
     lr, n, table = tune(feats, e, BaseLearner(6, 5), rates, steps)
-    want = torch.tensor([[evaluate(feats, e, BaseLearner(6, 5, r, s)).double().mean()/25 for s in steps] for r in rates])
+    want = torch.tensor([[evaluate(feats, e, BaseLearner(6, 5, r, s)).double().mean()/25 for s in steps]
+                         for r in rates])
     assert torch.allclose(table, want.double()) and table[rates.index(lr), steps.index(n)] == table.max()
     assert list(STEPS) == sorted(STEPS) and tune(feats, e, BaseLearner(6, 5))[2].shape == (len(RATES), len(STEPS))
 
