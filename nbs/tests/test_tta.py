@@ -94,15 +94,15 @@ class _Broken(MTL):
 
 
 def test_max_pool_leaves_no_hook_and_needs_evaluation_mode(net, large):
-    tta = tta_of(max_pool=True)
-    tta.embed(model_of(net), large)
+    tta, model = tta_of(max_pool=True), model_of(net)
+    tta.embed(model, large)
     assert not net.blocks._forward_hooks
     net.train()
     try:
-        with pytest.raises(BadInput, match="training mode"): tta.embed(model_of(net), large)
+        with pytest.raises(BadInput, match="training mode"): tta.embed(model, large)
     finally: net.eval()
     small = ImageBank(large.x[:, :, :12], large.y, large.names)
-    with pytest.raises(BadInput, match="at least 32 pixels a side"): tta.embed(model_of(net), small)
+    with pytest.raises(BadInput, match="at least 32 pixels a side"): tta.embed(model, small)
     with pytest.raises(RuntimeError, match="broken"): tta.embed(_Broken(net, BaseLearner(net.num_features, 5)), large)
     assert not net.blocks._forward_hooks
 
@@ -383,7 +383,7 @@ def test_configs_check_themselves():
 
 @pytest.mark.parametrize("changes, words", [
     ({"tta.views": -1}, "views must be a whole number from 0 to 100"), ({"tta.views": 101}, "views must be"),
-    ({"tta.views": 1.5}, "views must be a whole number"), ({"tta.rotations": 1}, "rotations must be true or false"),
+    ({"tta.views": 1.5}, "tta.views: .* a whole number"), ({"tta.rotations": 1}, "tta.rotations: .* true or false"),
     ({"tta.max_pool": "yes"}, "max_pool"), ({"tta.whitening": 2}, "whitening"),
     ({"tta.whiten": True}, "did you mean tta.whitening"), ({"tta.rotation": True}, "did you mean tta.rotations"),
     ({"tta.max_pool": True, "size": 24}, "at least 32 pixels a side, got size 24"),
