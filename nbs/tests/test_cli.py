@@ -279,20 +279,6 @@ def test_from_the_shell(pictures):
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
 
 
-def test_plans_are_read(monkeypatch):
-    "Every line of every plan is a command with options that exist and values that fit."
-    from mtl_nb import cli
-    monkeypatch.chdir(root)
-    for plan in sorted((root/"data/plans").glob("*.sh")):
-        lines = [o for o in plan.read_text(encoding="utf-8").splitlines() if o.startswith("mtl run ")]
-        assert lines, plan
-        for line in lines:
-            argv = line.replace('"$MINUTES"', "9").split(" #")[0].split()[2:]
-            assert "--resume" in argv and "--minutes" in argv and "--out" in argv, line
-            options, config, _ = cli.read_run_options(argv)
-            assert options.minutes == 9 and (config.methods or "none" in line), line
-
-
 def test_quick_from_end_to_end(request, capsys):
     "The first command of the front page: `pytest nbs/tests/test_cli.py --nbflags slow`."
     if "slow" not in request.config.getoption("--nbflags"): pytest.skip("minutes of training: add --nbflags slow")
