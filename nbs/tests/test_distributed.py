@@ -51,20 +51,25 @@ def test_more_processes_than_cards(runtime, monkeypatch, name):
 def test_processes_that_nobody_started(monkeypatch):
     for o in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(o, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT are not set: start the processes with torchrun"):
+    says = "WORLD_SIZE is 2, but RANK and MASTER_ADDR and MASTER_PORT are not set: start the processes with torchrun"
+    with pytest.raises(BadInput, match=says):
         join(torch.device("cpu"))
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert join(torch.device("cpu")).size == 1
 
-@pytest.mark.parametrize("name,value,call", [("WORLD_SIZE", "abc", join), ("WORLD_SIZE", "-2", join), ("LOCAL_RANK", "x", pick_device), ("RANK", "one", join)])
+STARTED = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+@pytest.mark.parametrize("name,value,call", [
+    ("WORLD_SIZE", "abc", join), ("WORLD_SIZE", "-2", join), ("LOCAL_RANK", "x", pick_device), ("RANK", "one", join),
+])
 def test_environment_that_is_no_number(monkeypatch, name, value, call):
-    for k, v in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    for k, v in STARTED.items(): monkeypatch.setenv(k, v)
     monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=f"variable {name} is '{value}', not a whole number"):
         call(torch.device("cpu") if call is join else "cpu")
 
 def test_rank_beyond_the_team(monkeypatch):
-    for k, v in dict(RANK="5", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items(): monkeypatch.setenv(k, v)
+    for k, v in {**STARTED, "RANK": "5"}.items(): monkeypatch.setenv(k, v)
     with pytest.raises(BadInput, match="RANK is 5, but with 2 processes it is 1 at most"): join(torch.device("cpu"))
 
 def test_cards_without_a_working_driver_do_not_count(runtime):
@@ -74,7 +79,8 @@ def test_cards_without_a_working_driver_do_not_count(runtime):
 def test_autocast_is_for_cuda_alone():
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     for name in "cpu", "mps":
-        with autocast(torch.device(name)): assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        with autocast(torch.device(name)):
+            assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 def test_a_rank_without_a_team_is_not_muted(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")

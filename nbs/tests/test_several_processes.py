@@ -10,51 +10,64 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mtl_nb.methods.base import evaluate_images
-from mtl_nb.models.base_learner import BaseLearner
-from mtl_nb.train.checkpoints import load
+from mtl_nb.cli import run_command
 from mtl_nb.core import BadInput
-from mtl_nb.train.distributed import ALONE, Team, run_command, join
 from mtl_nb.data.augment import AugmentConfig
 from mtl_nb.data.episodes import TaskSampler, TaskShape
-from mtl_nb.evaluation.exam import evaluate_path, features, make_exam
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.data.hard_tasks import HardTaskSampler
-from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.evaluation.exam import evaluate_path, features, make_exam
+from mtl_nb.methods.base import evaluate_images
 from mtl_nb.methods.tadam import TADAM, co_train
-from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
+from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.models.scale_shift import scale_shift
+from mtl_nb.train.distributed import ALONE, Team, join
+from mtl_nb.train.meta_train import MTL, MetaTrainConfig, meta_state, meta_train
+from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
 
 CROP = AugmentConfig(2, True, .2, .8)
 
 def two(*args, n=2, timeout=300):
     "Start this file, or a command, in `n` processes as torchrun would; their outputs and exit codes."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    them = [subprocess.Popen([*map(str, args)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
-    try: said = [p.communicate(timeout=timeout) for p in them]
-    finally: [p.kill() for p in them]
-    return said, [p.returncode for p in them]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n),
+           "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen([*map(str, args)], env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
+                 for r in range(n)]
+    try: printed = [p.communicate(timeout=timeout) for p in processes]
+    finally:
+        for p in processes: p.kill()
+    return printed, [p.returncode for p in processes]
+
+def eight_classes(): return glyphs(0)["train"].subset(range(8))
 
 def one_phase(team, bn_splits=2):
-    bank, cfg = glyphs(0)["train"].subset(range(8)), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, bn_splits=bn_splits)
+    bank, cfg = eight_classes(), PretrainConfig(epochs=2, batch=50, lr=.05, augment=CROP, bn_splits=bn_splits)
     state = pretrain_state(ResNet12((4, 8, 8, 16), dropout=.1), 8, cfg)
     return list(pretrain(state, bank, cfg, team)), state.model.state_dict()
 
-def two_phase(team, tasks_at_once=0):
-    bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=33, batch=3, lr=3e-3, augment=CROP)
-    state = meta_state(MTL(scale_shift(ResNet12((4, 8, 8, 16)).eval()), BaseLearner(16, 5, .1, 10), torch.zeros(16)), cfg)
+def plain_sgd(state, rate, momentum=0.): # Adam would amplify rounding where a gradient is zero
     params = [p for group in state.opt.param_groups for p in group["params"]]
-    state.opt = torch.optim.SGD([dict(params=params, lr=2., start=2.)]) # Adam would blow rounding up where a gradient is zero
+    state.opt = torch.optim.SGD([dict(params=params, lr=rate, start=rate)], momentum=momentum)
+
+def two_phase(team, tasks_at_once=0):
+    bank, shape = eight_classes(), TaskShape(5, 1, 4)
+    cfg = MetaTrainConfig(tasks=33, batch=3, lr=3e-3, augment=CROP)
+    backbone = scale_shift(ResNet12((4, 8, 8, 16)).eval())
+    state = meta_state(MTL(backbone, BaseLearner(16, 5, .1, 10), torch.zeros(16)), cfg)
+    plain_sgd(state, 2.)
     tasks = HardTaskSampler(bank.by_class, shape, 3, 0, random=7, hard_count=4)
     records = list(meta_train(state, tasks, bank, cfg, tasks_at_once, team))
     return records, state.model.state_dict()
 
 def co_trained(team):
-    bank, shape, cfg = glyphs(0)["train"].subset(range(8)), TaskShape(5, 1, 4), MetaTrainConfig(tasks=24, batch=3, augment=CROP)
+    bank, shape, cfg = eight_classes(), TaskShape(5, 1, 4), MetaTrainConfig(tasks=24, batch=3, augment=CROP)
     state = meta_state(TADAM(ResNet12((4, 8, 8, 16)).eval(), 5, 8), cfg)
-    state.opt = torch.optim.SGD([dict(params=[p for group in state.opt.param_groups for p in group["params"]], lr=.05, start=.05)], momentum=.9) # what has momentum must rest where it has no gradient
+    plain_sgd(state, .05, .9) # with momentum: what has no gradient must not change
     records = list(co_train(state, TaskSampler(bank.by_class, shape, 3), bank, cfg, batch=9, team=team))
     right = evaluate_images(state.model, bank, make_exam(bank, shape, tasks=9), team=team)
     return records, state.model.state_dict(), right
@@ -65,29 +78,33 @@ def exam_of(team):
     feats = features(net, bank, team=team)
     return feats, evaluate_path(feats, exam, BaseLearner(16, 5), .1, [1, 20], team=team)
 
-def plain(records): return [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.items()} for r in records]
+def plain(records):
+    return [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in r.items()} for r in records]
 
 def near(a, b, tol):
     for k, v in a.items():
-        if isinstance(v, torch.Tensor): assert (v.double() - b[k].double()).abs().max() <= tol*max(1, v.abs().max().item()), k
+        if isinstance(v, torch.Tensor):
+            assert (v.double() - b[k].double()).abs().max() <= tol*max(1, v.abs().max().item()), k
         elif isinstance(v, float): assert abs(v - b[k]) <= tol, k
         else: assert v == b[k], k
+
+def same(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     place = tmp_path_factory.mktemp("pair")
-    said, codes = two(sys.executable, __file__, place)
-    assert codes == [0, 0], said
+    printed, codes = two(sys.executable, __file__, place)
+    assert codes == [0, 0], printed
     return [torch.load(place/f"{r}.pt") for r in range(2)]
 
-def test_phase_1_with_shares(pair):
+def test_phase_1_in_parts(pair):
     records, weights = one_phase(ALONE)
     for there, w in (p["one"] for p in pair):
         for a, b in zip(records, there, strict=True): near(a, b, 1e-4)
         near(weights, w, 1e-3)
-    assert all(torch.equal(v, pair[1]["one"][1][k]) for k, v in pair[0]["one"][1].items()), "the processes have come apart"
+    assert same(pair[0]["one"][1], pair[1]["one"][1]), "the processes have different weights"
     whole, _ = one_phase(ALONE, bn_splits=1)
-    assert abs(whole[-1]["loss"] - records[-1]["loss"]) > 1e-4, "shares of a batch are another computation"
+    assert abs(whole[-1]["loss"] - records[-1]["loss"]) > 1e-4, "batch norm over parts of a batch differs"
 
 def test_phase_2(pair):
     records, weights = two_phase(ALONE)
@@ -96,22 +113,26 @@ def test_phase_2(pair):
         for a, b in zip(plain(records), plain(there), strict=True): near(a, b, 1e-4)
         near(weights, w, 1e-4)
     start = scale_shift(ResNet12((4, 8, 8, 16))).state_dict()
-    assert max((v - weights[f"backbone.{k}"]).abs().max() for k, v in start.items() if k.endswith(("scale", "shift"))) > .01, "nothing was learned that could differ"
+    phi = [k for k in start if k.endswith(("scale", "shift"))]
+    changes = [(start[k] - weights[f"backbone.{k}"]).abs().max() for k in phi]
+    assert max(changes) > .01, "nothing was learned that could differ"
     assert {r["hard"] for r in records} == {True, False}
-    assert all(torch.equal(v, pair[1]["two"][1][k]) for k, v in pair[0]["two"][1].items())
+    assert same(pair[0]["two"][1], pair[1]["two"][1])
 
 def test_co_training(pair):
     records, weights, right = co_trained(ALONE)
     for there, w, answers in (p["tadam"] for p in pair):
-        for a, b in zip(plain(records), plain(there), strict=True): near({k: v for k, v in a.items() if v is not None}, b, 1e-4)
+        for a, b in zip(plain(records), plain(there), strict=True):
+            near({k: v for k, v in a.items() if v is not None}, b, 1e-4)
         near(weights, w, 1e-4)
         assert (answers - right).abs().max() <= 1
     assert {r["auxiliary"] is None for r in records} == {True, False}
-    assert all(torch.equal(v, pair[1]["tadam"][1][k]) for k, v in pair[0]["tadam"][1].items())
+    assert same(pair[0]["tadam"][1], pair[1]["tadam"][1])
 
 def test_more_processes_than_tasks(pair):
     assert Team(0, 2).shard(1) == slice(0, 0) and Team(1, 2).shard(1) == slice(0, 1)
-    assert any(r["tasks"] - s["tasks"] == 1 for r, s in zip(pair[0]["two"][0][1:], pair[0]["two"][0])), "no batch of one task was among them"
+    done = [r["tasks"] for r in pair[0]["two"][0]]
+    assert any(b - a == 1 for a, b in zip(done, done[1:])), "no batch of one task was among them"
 
 def test_exam(pair):
     feats, right = exam_of(ALONE)
@@ -119,50 +140,59 @@ def test_exam(pair):
         assert (p["exam"][0] - feats).abs().max() < 1e-5
         assert (p["exam"][1] - right).abs().max() <= 1 and (p["exam"][1] == right).float().mean() > .98
 
-def test_first_tells_or_fails_for_all(pair):
-    assert [p["told"] for p in pair] == ["from 0", "from 0"] and [p["refused"] for p in pair] == ["no room", "no room"]
+def test_broadcast_of_a_result_and_of_an_error(pair):
+    assert [p["received"] for p in pair] == ["from 0", "from 0"]
+    assert [p["error"] for p in pair] == ["no room", "no room"]
 
-def test_the_team_parts_before_python_ends(pair):
+def test_the_team_ends_before_python_does(pair):
     assert [p["gone"] for p in pair] == [True, True]
 
-def test_shares_that_do_not_fit():
-    bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, bn_splits=5)
-    with pytest.raises(BadInput, match="fewer than 2 images"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg))
-    cfg = PretrainConfig(batch=8, bn_splits=3)
-    with pytest.raises(BadInput, match="cannot be divided among 2 processes"): next(pretrain(pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg), bank, cfg, Team(0, 2)))
+@pytest.mark.parametrize("bn_splits,team,says", [
+    (5, ALONE, "fewer than 2 images"), (3, Team(0, 2), "cannot be divided among 2 processes"),
+], ids=str)
+def test_parts_that_do_not_fit(bn_splits, team, says):
+    bank, cfg = glyphs(0)["train"].subset(range(3)), PretrainConfig(batch=8, bn_splits=bn_splits)
+    state = pretrain_state(ResNet12((4, 4, 4, 4)), 3, cfg)
+    with pytest.raises(BadInput, match=says): next(pretrain(state, bank, cfg, team))
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     from PIL import Image
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for split, bank in glyphs(0).items():
         for c in range(6):
-            (root/split/bank.names[c]).mkdir(parents=True)
-            for i in bank.by_class[c][:20]: Image.fromarray(bank.x[i].permute(1, 2, 0).numpy()).save(root/split/bank.names[c]/f"{i}.png")
+            folder = root/split/bank.names[c]
+            folder.mkdir(parents=True)
+            for i in bank.by_class[c][:20]:
+                Image.fromarray(bank.x[i].permute(1, 2, 0).numpy()).save(folder/f"{i}.png")
     return root
 
-def test_command_in_two_processes(pictures, tmp_path, monkeypatch):
+FILES = ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors",
+         "recipe.json", "results.json"]
+
+def test_command_in_two_processes(images, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
-    command = [Path(sys.executable).parent/"mtl_run", "--data", pictures, "--size", "16", "--tasks", "40", "--query", "5", "--shots", "1", "--device", "cpu"]
-    said, codes = two(*command, "--out", tmp_path/"run")
-    assert codes == [0, 0], said
-    assert "MTL + HT" in said[0][0] and said[1] == ("", ""), "only the first process speaks"
+    command = [sys.executable, "-m", "mtl_nb", "run", "--data", images, "--size", "16", "--eval-tasks", "40",
+               "--query", "5", "--shots", "1", "--device", "cpu", "--out", tmp_path/"run"]
+    printed, codes = two(*command)
+    assert codes == [0, 0], printed
+    assert "MTL + HT" in printed[0][0] and printed[1] == ("", ""), "only the first process prints"
     results = json.loads((tmp_path/"run/results.json").read_text())
-    assert results["recipe"]["phase1"]["shares"] == 2 and results["device"].startswith("2 x cpu")
-    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors", "recipe.json", "results.json"]
-    _, record = load(tmp_path/"run/pretrain.safetensors")
-    again, codes = two(*command, "--out", tmp_path/"run")
+    assert results["recipe"]["phase1"]["bn_splits"] == 2 and results["device"].startswith("2 x cpu")
+    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == FILES
+    again, codes = two(*command)
     assert codes == [2, 2] and "holds this config already" in again[0][1] and again[1] == ("", "")
-    done, codes = two(*command, "--out", tmp_path/"run", "--resume")
+    done, codes = two(*command, "--resume")
     assert codes == [0, 0] and "MTL + HT" in done[0][0]
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    team = join(torch.device("cpu"))
-    def refuse(): raise BadInput("no room")
-    try: team.broadcast(refuse); refused = ""
-    except BadInput as e: refused = str(e)
-    out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team), told=team.broadcast(lambda: f"from {team.rank}"), refused=refused)
-    here = dist.is_initialized()
-    out["gone"] = here and run_command(refuse, BadInput) == 2 and not dist.is_initialized() # who stays is aborted, now and then, when Python ends
+    team, error = join(torch.device("cpu")), ""
+    def fail(): raise BadInput("no room")
+    try: team.broadcast(fail)
+    except BadInput as e: error = str(e)
+    out = dict(one=one_phase(team), two=two_phase(team), tadam=co_trained(team), exam=exam_of(team),
+               received=team.broadcast(lambda: f"from {team.rank}"), error=error)
+    # A process that does not leave the team is aborted, now and then, when Python ends.
+    out["gone"] = dist.is_initialized() and run_command(fail) == 2 and not dist.is_initialized()
     torch.save(out, Path(sys.argv[1])/f"{team.rank}.pt")
