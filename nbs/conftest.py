@@ -1,6 +1,7 @@
 """`pytest` runs every notebook outside folders with a leading `_` as one test, through nbdev, which honours the `#|` options.
 Cells flagged slow, cuda or data are left out unless asked for: `pytest --nbflags slow` (several: `--nbflags "slow data"`)."""
 import os, re, sys
+from contextlib import contextmanager
 from io import StringIO
 from unittest.mock import patch
 
@@ -20,13 +21,33 @@ def pytest_collect_file(file_path, parent):
     if file_path.suffix == ".ipynb" and not any(o[0] in "._" for o in file_path.relative_to(nbs).parts):
         return Notebook.from_parent(parent, path=file_path)
 
+@contextmanager
+def restored_registries():
+    "What is registered inside, such as a class that a page defines anew, is forgotten afterwards: pages share a process."
+    from mtl_nb.data.datasets import DATASETS
+    from mtl_nb.methods.base import METHODS
+    from mtl_nb.models.backbones import BACKBONES, backbone_names
+    backbone_names()  # imports the package's own, as looking into METHODS does
+    methods, others = dict(METHODS), [(o, dict(o)) for o in (BACKBONES, DATASETS)]
+    try: yield
+    finally:
+        METHODS._methods, METHODS._sorted = methods, None
+        for registry, before in others:
+            registry.clear()
+            registry.update(before)
+
+@pytest.fixture()
+def clean_registries():
+    "For tests that register something."
+    with restored_registries(): yield
+
 class Notebook(pytest.File):
     def collect(self): yield Page.from_parent(self, name="page")
 
 class Page(pytest.Item):
     def runtest(self):
         flags, skip, err = self.config.getoption("nbflags").split(), get_config(self.path).tst_flags.split(), StringIO()
-        with patch.object(sys, "__stderr__", err):  # where nbdev prints the failing cell and its traceback
+        with restored_registries(), patch.object(sys, "__stderr__", err):  # where nbdev prints the failing cell and its traceback
             ok, _ = run_notebook(self.path, skip_flags=skip, force_flags=flags, basepath=self.config.rootpath, cell_timeout=None if flags else 600)
         if plt := sys.modules.get("matplotlib.pyplot"): plt.close("all")
         if not ok: raise PageFailed(self.explain(re.sub(r"\x1b\[[\d;]*m", "", err.getvalue()).strip()))

@@ -13,7 +13,7 @@ from mtl_nb.data.glyphs import glyphs
 from mtl_nb.experiments.config import preset
 from mtl_nb.experiments.run import run
 from mtl_nb.methods.base import METHODS, Method, get_method, parse_methods, register_method
-from mtl_nb.models.backbones import BACKBONES, backbone_names, register_backbone
+from mtl_nb.models.backbones import BACKBONES, register_backbone
 from mtl_nb.train.checkpoints import load_backbone
 from mtl_nb.train.meta_train import MTL
 
@@ -53,15 +53,9 @@ def add_dataset():
 
 
 @pytest.fixture()
-def registries():
+def registries(clean_registries):
     "What is registered within the test is forgotten after it."
-    methods, backbones, datasets = dict(METHODS), dict(zip(backbone_names(), BACKBONES.values())), dict(DATASETS)
     for add in add_method, add_backbone, add_dataset: add()
-    yield
-    METHODS._methods, METHODS._sorted = methods, None
-    for registry, before in (BACKBONES, backbones), (DATASETS, datasets):
-        registry.clear()
-        registry.update(before)
 
 
 @pytest.mark.parametrize("add", [add_method, add_backbone, add_dataset])
