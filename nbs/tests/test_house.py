@@ -97,6 +97,17 @@ def shown_code(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_imports_stand_in_cells_of_their_own(page):
+    "nbdev runs a cell with imports again, without the cells before it, when it builds the site."
+    imports, mixed = (ast.Import, ast.ImportFrom), []
+    for i, kind, text in cells(page):
+        if kind != "code" or text.startswith("#| export"): continue
+        body = ast.parse(text).body
+        if 0 < sum(isinstance(o, imports) for o in body) < len(body): mixed.append(i)
+    assert not mixed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_shown_code_can_be_copied(page):
     "No cell that a reader sees uses a name that only a hidden cell defines."
     messages = pyflakes.checker.Checker(ast.parse(shown_code(page))).messages
