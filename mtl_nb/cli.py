@@ -25,9 +25,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import get_args, get_origin, get_type_hints
+from typing import get_args, get_origin
 
 from . import __version__
 from .core import BadInput, atomic_write, did_you_mean, read_json, require
@@ -191,6 +192,12 @@ def make_parser(
 
 def _flag(name): return "--" + name.replace("_", "-")
 
+@lru_cache(None)
+def _comments(cls):
+    "The comment of each field of a dataclass; reading them takes a second, so each class is read once."
+    from fastcore.docments import docments
+    return docments(cls)
+
 def add_options(
     parser:argparse.ArgumentParser,
     cls:type, # a dataclass: each field becomes an option, its comment the help
@@ -198,8 +205,7 @@ def add_options(
     defaults:dict|None=None, # to show in place of those of the class
 ) -> None:
     "The fields of a dataclass as options of a command."
-    from fastcore.docments import docments
-    group, comments, shown = parser.add_argument_group(cls.__doc__), docments(cls), defaults or {}
+    group, comments, shown = parser.add_argument_group(cls.__doc__), _comments(cls), defaults or {}
     for f in fields(cls):
         flags = [_flag(f.name)] if f.name not in ("quiet", "verbose") else [f"-{f.name[0]}", _flag(f.name)]
         text = (comments.get(f.name) or "").replace("%", "%%").format(**words or {})
@@ -237,9 +243,8 @@ def config_fields(
     prefix:str="", # of the names
 ) -> dict: # by dotted name: type, comment, and title of its group
     "All fields of a config that can be set on the command line."
-    from fastcore.docments import docments
     from mtl_nb.experiments.config import FIXED
-    comments, parts, out = docments(cls), {}, {}
+    comments, parts, out = _comments(cls), {}, {}
     for f in fields(cls):
         part, optional = _plain(f.type)
         if is_dataclass(part):

@@ -1,12 +1,10 @@
 "The plans of `data/plans`: each line is a command that can be run, in an order in which each finds what it needs."
-import functools
 import json
 import shlex
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-import fastcore.docments
 import pytest
 
 from mtl_nb.cli import main, read_run_options
@@ -51,8 +49,6 @@ def test_plan_is_a_shell_script(plan):
 @pytest.mark.parametrize("plan", PLANS, ids=[o.stem for o in PLANS])
 def test_every_command_parses(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    read_once = functools.lru_cache(fastcore.docments.docments) # comments of the same classes for each command
-    monkeypatch.setattr(fastcore.docments, "docments", read_once)
     for argv in commands(plan):
         options, config, _ = read_run_options(argv)
         check_tta(config.tta, config.methods)
