@@ -108,6 +108,14 @@ def test_imports_stand_in_cells_of_their_own(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_figures_are_saved(page):
+    "A reader sees each figure without running the page: a cell that describes one has it among its outputs."
+    for c in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+        if "#| fig-alt:" in "".join(c["source"]):
+            assert any("image/png" in o.get("data", {}) for o in c["outputs"]), "".join(c["source"])[:200]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_shown_code_can_be_copied(page):
     "No cell that a reader sees uses a name that only a hidden cell defines."
     messages = pyflakes.checker.Checker(ast.parse(shown_code(page))).messages
