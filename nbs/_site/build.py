@@ -183,7 +183,8 @@ def site():
         about[p] = next((fm for c in nb["cells"] if c["cell_type"] == "raw" and (fm := front(text(c["source"])))), {})
         cells = site_cells(nb, p, names)
         if p == home: cells.append(dict(cell_type="markdown", metadata={}, source=contents(paths)))
-        meta = {"language_info": dict(name="python", pygments_lexer="ipython3"), "og:description": about[p].get("description", "")}
+        said = about[p].get("description", "")
+        meta = {"language_info": dict(name="python", pygments_lexer="ipython3"), "og:description": said, "myst": {"html_meta": {"description": said}}}
         (work/"src"/f"{page(p)}.ipynb").write_text(json.dumps(dict(cells=cells, metadata=meta, nbformat=4, nbformat_minor=4)))
     if err := sphinx(["-W", "--keep-going", "-q", "-c", str(here), "-d", str(work/"doctrees"), str(work/"src"), str(work/"html")]): sys.exit(err)
     shutil.move(work/"html", out)

@@ -1,0 +1,165 @@
+"""The built site in headless Chromium: every page, the search, dark mode, maths, the width of a phone.
+
+It needs Chromium (its place in `$CHROMIUM`, or on the path), Playwright (in the extra `docs`) and the site (`python nbs/_site/build.py`)."""
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parents[2]
+site = root/"_docs"
+prefix = "/mtl_nb/"  # where the site lies at its address, and where its page 404 looks for styles
+chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+options = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+pages = sorted(o.name for o in site.glob("*.html"))
+
+if not pages: pytest.skip("no built site: run python nbs/_site/build.py", allow_module_level=True)
+if not chromium: pytest.skip("no Chromium on the path", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason='no Playwright: pip install "mtl_nb[docs]"')
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def translate_path(self, path): return super().translate_path("/" + path.removeprefix(prefix))
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}{prefix}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def window(browser, address):
+    "A page of a phone's width, and what went wrong on it: failed requests, errors, addresses elsewhere."
+    window, faults = browser.new_page(viewport={"width": 390, "height": 844}), []
+    window.on("console", lambda o: faults.append(o.text) if o.type == "error" else None)
+    window.on("pageerror", lambda o: faults.append(str(o)))
+    window.on("response", lambda o: faults.append(f"{o.status} {o.url}") if o.status >= 400 else None)
+    window.on("requestfailed", lambda o: faults.append(f"{o.failure} {o.url}"))
+    window.on("request", lambda o: None if o.url.startswith((address, "data:", "blob:")) else faults.append(f"elsewhere: {o.url}"))
+    return window, faults
+
+
+LOOK = """() => ({
+    wide: document.documentElement.scrollWidth - innerWidth,
+    outputs: [...document.querySelectorAll('.cell_output pre')].filter(o => o.scrollWidth > o.clientWidth + 1).length,
+    images: [...document.images].filter(o => !o.alt || !o.naturalWidth).map(o => o.src),
+    maths: document.querySelectorAll('.math').length - document.querySelectorAll('.math mjx-container').length,
+    errors: document.querySelectorAll('mjx-merror').length,
+    description: document.querySelector('meta[name=description]')?.content,
+    canonical: document.querySelector('link[rel=canonical]')?.href})"""
+
+
+@pytest.mark.parametrize("name", pages)
+def test_page(window, address, name):
+    "No failed request, no error; pictures with alt text; maths rendered; no overflow at 390 pixels."
+    page, faults = window
+    faults.clear()
+    page.goto(address + name, wait_until="load")
+    if page.query_selector(".math"):
+        page.wait_for_function("document.querySelectorAll('.math').length <= document.querySelectorAll('mjx-container').length")
+    for picture in page.query_selector_all("article img"): picture.evaluate("o => o.decode()")
+    seen = page.evaluate(LOOK)
+    assert not faults
+    assert seen["wide"] <= 0 and seen["outputs"] == 0, seen
+    assert not seen["images"] and seen["maths"] == 0 and seen["errors"] == 0, seen
+    if name not in ("genindex.html", "search.html", "404.html"):
+        assert seen["description"] and seen["canonical"].endswith(prefix + name)
+
+
+@pytest.mark.parametrize("wanted, first", [
+    ("SSConv2d", "models.scale_shift.html"),
+    ("hard task", "data.hard_tasks.html"),
+    ("hard tasks", "data.hard_tasks.html"),
+    ("my own pictures", "recognize.html" if "recognize.html" in pages else "data.folders.html"),
+    ("base learner", "models.base_learner.html"),
+    ("test-time augmentation", "evaluation.tta.html"),
+    ("resume", "train.checkpoints.html"),
+])
+def test_search(window, address, wanted, first):
+    "The right page comes first, and the lines shown with the results hold no code."
+    page, faults = window
+    faults.clear()
+    page.goto(address + "index.html")
+    if not page.is_visible("input[name=q]"): page.goto(address + "search.html")
+    page.fill("input[name=q] >> visible=true", wanted)
+    page.press("input[name=q] >> visible=true", "Enter")
+    page.wait_for_function("/found|did not match/.test(document.querySelector('#search-results .search-summary')?.textContent)")
+    found = [o.get_attribute("href") for o in page.query_selector_all("#search-results li a")]
+    lines = " ".join(o.inner_text() for o in page.query_selector_all("#search-results p.context"))
+    assert found and re.split("[#?]", found[0])[0].rpartition("/")[2] == first, found[:5]
+    assert "import " not in lines and "Open in Colab" not in lines
+    assert not faults
+
+
+def test_dark_mode(browser, address):
+    "The button switches to dark; nothing keeps a light ground or a light border."
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme="light")
+    page.goto(address + "models.scale_shift.html")
+    lightness = "(o, part) => Math.max(...getComputedStyle(o)[part].match(/[\\d.]+/g).slice(0, 3))"
+    body = page.query_selector("body")
+    assert body.evaluate(lightness, "backgroundColor") > 200
+    for _ in range(3):
+        if body.get_attribute("data-theme") != "dark": page.click(".theme-toggle >> visible=true")
+    assert body.get_attribute("data-theme") == "dark"
+    for o in [body, *page.query_selector_all("div.cell_input, div.cell_output pre, details")]:
+        ground = o.evaluate("o => getComputedStyle(o).backgroundColor")
+        assert ground == "rgba(0, 0, 0, 0)" or o.evaluate(lightness, "backgroundColor") < 80, ground
+        if o.evaluate("o => parseFloat(getComputedStyle(o).borderTopWidth)"): assert o.evaluate(lightness, "borderTopColor") < 120
+    page.close()
+
+
+def test_previous_and_next_follow_the_book(window, address):
+    "From the front page, `next` leads through every page of the book in the order of its numbers."
+    page, _ = window
+    book = [re.sub(r"^\d+_", "", o.stem) + ".html" for o in sorted((root/"nbs").glob("[0-9]*.ipynb"))]
+    page.goto(address + "index.html")
+    for name in book:
+        page.goto(page.eval_on_selector("a.next-page", "o => o.href"))
+        assert page.url == address + name
+        assert page.query_selector("a.prev-page")
+
+
+def test_buttons_of_a_page(window, address):
+    page, _ = window
+    page.goto(address + "models.scale_shift.html")
+    links = {o.inner_text(): o.evaluate("o => o.href") for o in page.query_selector_all(".source a")}
+    assert list(links) == ["Open in Colab", "Download notebook", "GitHub"]
+    assert links["Open in Colab"].startswith("https://colab.research.google.com/github/")
+    assert links["GitHub"].endswith("/blob/main/nbs/08_models.scale_shift.ipynb")
+    reply = page.request.get(links["Download notebook"])
+    assert reply.body() == (root/"nbs/08_models.scale_shift.ipynb").read_bytes()
+
+
+def test_an_entry_has_its_parameters_and_its_source(window, address):
+    page, _ = window
+    page.goto(address + "models.scale_shift.html")
+    entry = page.query_selector("dl.py:has(dt[id$='.scale_shift'])")
+    assert re.search(r"/blob/main/mtl_nb/models/scale_shift\.py#L\d+$", entry.query_selector("a.external").get_attribute("href"))
+    assert entry.query_selector("table th").inner_text() == "name"
+    assert "net" in entry.query_selector("table td").inner_text()
+
+
+def test_files_beside_the_pages():
+    "A site map and `llms.txt` that name every page, and the notebooks as Markdown."
+    names = {re.sub(r"^\d+_", "", o.stem) for o in (root/"nbs").glob("[0-9]*.ipynb")}
+    told, listed = (site/"llms.txt").read_text(encoding="utf-8"), (site/"sitemap.xml").read_text(encoding="utf-8")
+    for name in names:
+        assert f"/{name}.html.md)" in told and f"/{name}.html</loc>" in listed and (site/f"{name}.html.md").exists()
