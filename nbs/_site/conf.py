@@ -37,8 +37,9 @@ notfound_context = {"title": "Page not found", "body": f"""<h1>Page not found</h
 <p>There is no page at this address. Try the search, or <a href="{notfound_urls_prefix}">the front page</a>.</p>"""}
 
 def without_code(app, doctree):
-    "The search index holds what is written, not code and what code prints."
+    "The search index holds what is written, and commands, but not code and what code prints."
     from docutils import nodes
-    for o in doctree.findall(nodes.literal_block): o["classes"].append("no-search")
+    for o in doctree.findall(nodes.literal_block):
+        if o.get("language") != "bash": o["classes"].append("no-search")
 
 def setup(app): app.connect("doctree-read", without_code)

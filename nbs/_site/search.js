@@ -5,6 +5,8 @@ const keywords = {
   "data.hard_tasks": ["hard task", "hard tasks", "hard task meta-batch", "HT"],
   "models.scale_shift": ["scale and shift", "scaling and shifting", "SS"],
   "train.checkpoints": ["resume", "checkpoint", "save and load"],
+  "train.meta_train": ["meta-train", "meta-training", "outer loop"],
+  "models.base_learner": ["inner loop"],
   "index": ["install"],
 };
 // Words of a text without a plural's s. "my" and the like, which the index leaves out, are left out here too.
