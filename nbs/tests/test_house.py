@@ -116,6 +116,16 @@ def test_figures_are_saved(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_pictures_have_alt_text(page):
+    "Every picture says in words what it shows, for those who cannot see it."
+    for c in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(c["source"])
+        shows = c["cell_type"] == "code" and any("image/png" in o.get("data", {}) for o in c["outputs"])
+        assert not shows or re.search(r"^#\| fig-alt: \S", text, re.M), text[:200]
+        assert c["cell_type"] == "code" or not re.search(r"!\[\s*\]\(|<img(?![^>]*\balt=.\w)", text), text[:200]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_shown_code_can_be_copied(page):
     "No cell that a reader sees uses a name that only a hidden cell defines."
     messages = pyflakes.checker.Checker(ast.parse(shown_code(page))).messages
