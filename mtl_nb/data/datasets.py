@@ -248,7 +248,7 @@ def cifar_fs(
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read; None: all there are
 ) -> dict[str,ImageBank]: # 64 train, 16 val, 20 test classes of 600 images; raises `BadInput`
-    "CIFAR-100 split at random: every test class has a sister among the train classes."
+    "CIFAR-100 split at random: every test class has a train class of its own family."
     return _load("cifar-fs", partial(_cifar_archive, download=download), root, size, skip_bad, need)
 
 # %% ../../nbs/30_data.datasets.ipynb #cc2c51ed

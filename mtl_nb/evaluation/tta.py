@@ -27,7 +27,7 @@ from ..train.meta_train import MTL
 # %% ../../nbs/23_evaluation.tta.ipynb #e488295b
 @dataclass(frozen=True)
 class TTAConfig:
-    "Test-time augmentation; the defaults are: none."
+    "Options of test-time augmentation; by default none is used."
     support_copies:int=0 # augmented copies of each support image, which join the support set
     views:int=0 # augmented views of every image, whose features are averaged with its own
     rotations:bool=False # every image also rotated by 90, 180 and 270 degrees, the four features side by side
@@ -41,7 +41,7 @@ class TTAConfig:
             value = getattr(self, name)
             require(type(value) is bool, f"tta.{name} must be true or false, got {value!r}")
     @property
-    def changes_features(self) -> bool: # is an image's feature more than `embed` of it once?
+    def changes_features(self) -> bool: # do the options change an image's feature?
         return bool(self.views or self.rotations or self.max_pool or self.whitening)
     @property
     def words(self) -> list[str]: # an entry for each option that is set
@@ -108,7 +108,7 @@ class TTA:
     def check(self,
         bank:ImageBank, # the images to evaluate on
     ) -> None: # raises `BadInput`
-        "Reject images that cannot be augmented so."
+        "Reject images on which the options cannot work."
         high, wide = bank.x.shape[2:]
         require(not self.config.rotations or high == wide, "only square images can be rotated by 90 degrees, "
                 f"these are {high} by {wide} pixels: set --size, or leave out tta.rotations")
@@ -136,7 +136,7 @@ class TTA:
         white:Tensor|None=None, # from `whitening_matrix` for this very model; None: made here, if there is to be one
         # float32 [n,PD] of P `parts`, and the same of the augmented copies, [c,n,PD], if there are any
     ) -> tuple[Tensor,Tensor|None]: # raises `BadInput` for images that cannot be augmented so
-        "Every image of a bank embedded, as often as is asked for."
+        "The features of all images of a bank, with the augmentation that the options ask for."
         self.check(bank)
         if white is None: white = self.whitening_matrix(model, team)
         place:dict[str,Any] = dict(device=model.base.weight.device, team=team)
