@@ -1,4 +1,4 @@
-"""The paper's tables and Figure 4, with what is recorded here beside them.
+"""The paper's tables and Figure 4, with the results recorded here beside them.
 
 Docs: https://mtl-nb.github.io/mtl_nb/experiments.report.html.md"""
 
