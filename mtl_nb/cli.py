@@ -696,7 +696,7 @@ Meta-transfer learning: few-shot classification of images.
   mtl bench    measure the speed of each phase
 
   mtl COMMAND --help lists the options of a command; mtl --version prints the version.
-Exit codes: 0 done; 2 a mistake in the command or the data, said in one line;
+Exit codes: 0 done; 2 a mistake in the command or the data, with one line of explanation;
 75 the deadline of --minutes came first: the same command with --resume goes on; 130 stopped with Ctrl-C."""
 
 def main(
