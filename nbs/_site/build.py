@@ -71,7 +71,12 @@ def signature(obj, kind):
     try: sig = inspect.signature(obj)
     except ValueError: sig = inspect.Signature()
     pars = [o.replace(annotation=o.empty) for o in sig.parameters.values()][kind == "method":]
-    return re.sub(r"<[^>]*>", "...", str(sig.replace(parameters=pars, return_annotation=sig.empty)))
+    return short(str(sig.replace(parameters=pars, return_annotation=sig.empty)))
+
+def short(text):
+    "A default or a signature without addresses and without the fields of long configs."
+    def fields(m): return m[0] if len(m[0]) < 40 else f"{m[1]}(...)"
+    return re.sub(r"\b([A-Z]\w+)\((?:[^()]|\([^()]*\))*\)", fields, re.sub(r"<[^>]*>", "...", text))
 
 def source_link(obj):
     path = Path(inspect.getsourcefile(obj)).relative_to(root)
@@ -83,7 +88,7 @@ def parameters(obj):
     empty, rows = inspect.Parameter.empty, []
     for name, o in docments(obj, full=True).items():
         anno = "" if o.anno is empty else re.sub(r"[\w.]+\.(\w+)", r"\1", inspect.formatannotation(o.anno)).strip("'")
-        default = "" if o.get("default", empty) is empty else re.sub(r"<[^>]*>", "...", repr(o.default))
+        default = "" if o.get("default", empty) is empty else short(repr(o.default))
         if name == "self" or not (anno or o.docment): continue
         cells = [f"`{name}`" if name != "return" else "returns", anno and f"`{anno}`", default and f"`{default}`", o.docment or ""]
         if name != "return" or o.docment or anno != "None": rows.append([" ".join(c.split()).replace("|", "\\|") for c in cells])

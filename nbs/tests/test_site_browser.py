@@ -19,8 +19,8 @@ options = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-
     --disable-component-update --disable-sync""".split()
 pages = sorted(o.name for o in site.glob("*.html"))
 
-built = (site/"index.html").stat().st_mtime if pages else 0
-if any(o.stat().st_mtime > built for o in [*(root/"nbs").glob("*.ipynb"), *(root/"nbs/_site").rglob("*")] if "readme" not in o.parts):
+built = (site/"llms.txt").stat().st_mtime if (site/"llms.txt").exists() else 0
+if any(o.stat().st_mtime > built for o in [*(root/"nbs").glob("*.ipynb"), *(root/"nbs/_site").glob("*.py")]):
     pytest.skip("no site of these notebooks: run python nbs/_site/build.py", allow_module_level=True)
 if not chromium: pytest.skip("no Chromium on the path", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason='no Playwright: pip install "mtl_nb[docs]"')
