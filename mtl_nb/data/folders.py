@@ -450,7 +450,7 @@ def folder_splits(
 def _as_pixels(image):
     "uint8 [H,W,3] from a PIL image, an array [H,W] or [H,W,C], or a tensor [H,W] or [C,H,W]."
     if isinstance(image, Image.Image): return _to_rgb(image)
-    if isinstance(image, torch.Tensor): image = image.movedim(0, -1).numpy() if image.dim() == 3 else image.numpy()
+    if isinstance(image, torch.Tensor) and image.dim() == 3: image = image.movedim(0, -1)
     pixels = np.asarray(image)
     if pixels.dtype.kind == "f" and pixels.size:
         require(0 <= pixels.min() and pixels.max() <= 1,
