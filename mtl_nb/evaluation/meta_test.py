@@ -45,7 +45,7 @@ def seen_elsewhere(
     if is_imagenet and "imagenet" in data.lower():
         return f"the backbone's own weights ({source}) were trained on ImageNet, and so on the classes of '{split}': " \
                "this is no evaluation on classes never seen"
-    return f"the backbone's own weights ({source}) were trained elsewhere: they may have seen classes of '{split}' there"
+    return f"the backbone's own weights ({source}) were trained elsewhere: they may have seen classes of '{split}'"
 
 # %% ../../nbs/11_evaluation.meta_test.ipynb #21ead5bb
 @dataclass(frozen=True)

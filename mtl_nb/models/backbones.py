@@ -99,6 +99,8 @@ def check_backbone(
 # %% ../../nbs/25_models.backbones.ipynb #b9a2b53d
 class Pretrained(nn.Module):
     "A network from elsewhere as a backbone: it takes our normalised pictures and returns a row of features for each."
+    factor:Tensor # [3,1,1] from our normalisation to the network's own
+    offset:Tensor # [3,1,1]
     def __init__(self,
         net:nn.Module, # `[B,3,H,W]` to features of any shape: a network without its classifier
         preprocessing:Preprocessing, # with which it was trained
