@@ -29,7 +29,7 @@ from .distributed import ALONE, Team, autocast
 @dataclass(frozen=True)
 class PretrainConfig:
     "The settings of phase 1."
-    epochs:int=20 # passes over all base images; 0: phase 1 is skipped, for a backbone with weights of its own
+    epochs:int=20 # passes over all base images; 0: none, for a backbone with weights of its own
     batch:int=128 # images a step
     lr:float=0.2 # α at its peak
     weight_decay:float=5e-4 # on every parameter
