@@ -451,14 +451,33 @@ def read_run_options(
     argv:Sequence[str], # the options
 ) -> tuple: # the options, the config, and the record that it comes from or None; raises `BadInput`
     "What a command `mtl run` asks for; nothing is read from the disk but the record."
-    from mtl_nb.models.backbones import backbone_names
+    from mtl_nb.models.backbones import is_pretrained
     parser, base, record = run_parser(argv)
     options = parse(parser, argv, _RUN, _renamed_options())
+    base = _with_own_weights(options, base)
     config = _final_config(options, base, read_changes(base, options.texts))
-    known = backbone_names()
-    require(config.arch in known,
-            f"no backbone '{config.arch}'{did_you_mean(config.arch, known)}: choose one of {', '.join(known)}")
+    is_pretrained(config.arch) # raises `BadInput` for an unknown name
     return options, config, record
+
+def _with_own_weights(options, config):
+    "The config for a backbone with weights of its own: without phase 1, unless one of its options is given."
+    from mtl_nb.experiments.config import with_arch, with_overrides
+    from mtl_nb.models.backbones import is_pretrained
+    arch = options.texts["config:arch"] or config.arch
+    if arch == config.arch or options.backbone or options.compute_matched or not is_pretrained(arch): return config
+    ready = with_arch(config, arch)
+    asked = any(o.startswith(("config:phase1.", "config:objective.")) for o in options.given)
+    return with_overrides(ready, {"phase1.epochs": config.phase1.epochs}) if asked else ready
+
+def _prepared_size(options, config):
+    "The config, and what images are brought to: its size, or all that a backbone from elsewhere expects."
+    from mtl_nb.models.backbones import preprocessing_of
+    from mtl_nb.train.checkpoints import load, recorded_preprocessing
+    if not options.backbone: expects = preprocessing_of(config.arch)
+    else:
+        expects = recorded_preprocessing(load(Path(options.backbone), "backbone")[1])
+        if expects and "config:size" not in options.given: config = replace(config, size=expects.size)
+    return config, expects.at(config.size) if expects else config.size
 
 def _renamed_options():
     from mtl_nb.experiments.config import LEGACY
@@ -483,7 +502,8 @@ def mtl_run(
     check_tta(config.tta, config.methods)
     runtime = _runtime(options, started)
     config = _batch_norm_splits(config, runtime.team, "config:phase1.bn_splits" in options.given)
-    banks = runtime.team.in_turn(lambda: load_data(data, options.root, config.size, options.download, options.skip_bad))
+    config, size = _prepared_size(options, config)
+    banks = runtime.team.in_turn(lambda: load_data(data, options.root, size, options.download, options.skip_bad))
     if options.compute_matched: _same_images(banks, record)
     _say_banks(banks)
     config = _eval_split(config, banks, record or "config:eval_split" in options.given)
@@ -597,19 +617,24 @@ def mtl_test(
     options = _parse_simple("test", "Evaluate saved weights on classes they have never seen.", classes, argv)
     _check_test(options)
     from mtl_nb.data.datasets import load_data
-    from mtl_nb.evaluation.meta_test import check_unseen
+    from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
+    from mtl_nb.train.checkpoints import recorded_preprocessing
     path, (data, name), device = Path(options.weights), _data_name(options, "glyphs"), find_device(options.device)
     models = load_models(path, options.shots or (1, 5), options.way or 5, device)
     _only_for_backbones(options, models)
     (config, digest), record = _trained_config(path), _backbone_record(path)
     size = config.size if config and options.size is None else options.size
+    expects = recorded_preprocessing(record)
+    if expects: size = expects.at(size)
     how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
     tta = config.augmentation() if config else TTA()
     require(not options.base or tta.config.whitening, "--base is for weights that whiten features, and these do not")
     bank = load_data(data, need=(options.split,), **how)[options.split].to(device)
     _say_banks({options.split: bank})
-    if options.split != "train": check_unseen(record, bank, options.split)
+    if options.split != "train":
+        check_unseen(record, bank, options.split)
+        if note := seen_elsewhere(record, name, options.split): LOG.warning(note)
     tta = _with_base_images(tta, options, data, record, digest, how)
     side = min(bank.x.shape[2:])
     require(side >= 16, f"images of {side} pixels are too small: ResNet-12 needs 16; set --size")

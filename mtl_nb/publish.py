@@ -18,6 +18,7 @@ from .core import BadInput, atomic_write, read_json, require, sha256
 from .experiments.config import config_from_record
 from .experiments.records import results_table
 from .methods.base import METHODS, Method, get_method, load_model, set_inner
+from .models.backbones import is_pretrained
 from .models.base_learner import BaseLearner
 from .train.checkpoints import backbone_path, halve_phi, load, load_backbone, save
 from .train.meta_train import MTL
@@ -79,6 +80,7 @@ def _made_lines(config, results):
     "How the weights came about, a line each."
     seconds = sum(results["seconds"].values())
     phase1 = f"{config.phase1.epochs} epochs"
+    if not config.phase1.epochs: phase1 = "none"
     if config.objective.rounds > 1: phase1 += f", {config.objective.rounds} rounds of self-distillation"
     if config.backbone: phase1 += f", by the run whose backbone has SHA-256 {config.backbone}"
     evaluation = ["inner rate and steps chosen on val", *(config.tta.words or ["no test-time augmentation"])]
@@ -86,6 +88,7 @@ def _made_lines(config, results):
         f"- Config: `{config.preset}`, seed {config.seed}. Every field stands in `recipe.json` "
         f"(SHA-256 {results['recipe_sha256']}).",
         f"- Phase 1: {phase1}.",
+        *(f"- Note: {note}." for note in results.get("notes", ())),
         f"- Evaluation: {'; '.join(evaluation)}.",
         *(f"- Images of {split}: digest {digest}." for split, digest in results["data"]["digest"].items()),
         f"- Time: {seconds:,.0f} s for all phases on {results['device']}; "
@@ -95,6 +98,7 @@ def _python_lines(name, config, methods):
     "Python that loads the weights and evaluates them."
     label, k = (methods[0].label if methods else "head only"), config.shots[-1]
     split, size = config.eval_split, f", size={config.size}" if config.size else ""
+    if is_pretrained(config.arch): size = ", size=model.backbone.preprocessing"
     return [
         "from mtl_nb.data.datasets import load_data",
         "from mtl_nb.data.episodes import TaskShape",
@@ -124,6 +128,7 @@ def card(
     methods = [m for m in map(get_method, config.methods) if m.meta]
     size = f" at {config.size} × {config.size} pixels" if config.size else ""
     arch = {"resnet12": "ResNet-12"}.get(config.arch, config.arch)
+    widths = "" if "/" in arch else f" of widths {'-'.join(map(str, config.widths))}"
     trained = f" Meta-trained by: {', '.join(m.label for m in methods)}." if methods else ""
     phi = ", scales and shifts in float16 differences from 1 and 0" if methods else ""
     saved = "All weights are in float32."
@@ -134,7 +139,7 @@ def card(
                        "them; the terms of that set, if it has any, are its own.")
     return "\n".join([
         f"# {name}", "",
-        f"A {arch} of widths {'-'.join(map(str, config.widths))}, trained on `{data}`{size}.{trained} {saved}", "",
+        f"A {arch}{widths}, trained on `{data}`{size}.{trained} {saved}", "",
         "## Results", "", "```", results_table(results).rstrip(), "```", "", _cautions(config, methods, rounded), "",
         "## How it was made", "", *_made_lines(config, results), "",
         "## How to use it", "", "All files of the folder belong together. From the shell:", "",

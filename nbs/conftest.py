@@ -26,9 +26,9 @@ def restored_registries():
     "What is registered inside, such as a class that a page defines anew, is forgotten afterwards: pages share a process."
     from mtl_nb.data.datasets import DATASETS
     from mtl_nb.methods.base import METHODS
-    from mtl_nb.models.backbones import BACKBONES, backbone_names
+    from mtl_nb.models.backbones import BACKBONES, FAMILIES, backbone_names
     backbone_names()  # imports the package's own, as looking into METHODS does
-    methods, others = dict(METHODS), [(o, dict(o)) for o in (BACKBONES, DATASETS)]
+    methods, others = dict(METHODS), [(o, dict(o)) for o in (BACKBONES, FAMILIES, DATASETS)]
     try: yield
     finally:
         METHODS._methods, METHODS._sorted = methods, None

@@ -22,7 +22,7 @@ import torch
 
 from ..core import BadInput, did_you_mean, require
 from .bank import ImageBank
-from .folders import build_splits, class_files, fit, folder_splits, split_files
+from .folders import Preprocessing, build_splits, class_files, fit, folder_splits, split_files
 from .glyphs import glyphs
 
 # %% ../../nbs/30_data.datasets.ipynb #dc5f9379
@@ -328,8 +328,10 @@ def omniglot(
 # %% ../../nbs/30_data.datasets.ipynb #2ba71dcd
 def _resize(bank, size):
     "The bank with its images brought to `size`."
-    if size is None or bank.x.shape[2:] == (size, size): return bank
-    x = np.stack([fit(o, size) for o in bank.x.permute(0, 2, 3, 1).numpy()])
+    side = size.size if isinstance(size, Preprocessing) else size
+    if side is None or bank.x.shape[2:] == (side, side): return bank
+    bring = size if isinstance(size, Preprocessing) else partial(fit, size=size)
+    x = np.stack([bring(o) for o in bank.x.permute(0, 2, 3, 1).numpy()])
     return ImageBank(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), bank.y, bank.names, bank.hashes)
 
 def _takes(load):
@@ -340,7 +342,7 @@ def _takes(load):
 def load_data(
     name:str, # a name of `DATASETS`, such as fc100, or a folder that holds train/ and val/
     root=None, # the folder where the set lies or is downloaded to; None: data
-    size:int|None=None, # pixels a side; None: as the set comes
+    size:int|Preprocessing|None=None, # pixels a side, or what a network expects; None: as the set comes
     download:bool=False, # fetch it, where that is possible
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is

@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/data.folders.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'read_image', 'fit', 'Preprocessing', 'class_files', 'cache_folder', 'build_bank', 'folder_bank',
-           'split_files', 'build_splits', 'folder_splits']
+           'split_files', 'build_splits', 'folder_splits', 'bank_from_dataset']
 
 # %% ../../nbs/21_data.folders.ipynb #e9271f5d
 import json
@@ -18,7 +18,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
@@ -94,6 +94,17 @@ class Preprocessing:
     ) -> np.ndarray: # uint8 [S,S,3]; mean and std are applied by the network
         "Bring an image to the size that the network expects."
         return fit(image, self.size, self.crop, self.interpolation)
+    def at(self,
+        size:int|None, # pixels a side; None: the network's own
+    ) -> "Preprocessing": # at another size the whole short side is kept
+        "The same network on pictures of another size."
+        if size in (None, self.size): return self
+        return replace(self, size=size, crop=1., interpolation="bicubic")
+
+def _geometry(size):
+    "Pixels a side, share of the short side and interpolation: of a `Preprocessing`, or of a plain size."
+    if isinstance(size, Preprocessing): return size.size, size.crop, size.interpolation
+    return size, 1., "bicubic"
 
 # %% ../../nbs/21_data.folders.ipynb #0bc203ff
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "icon\r"}
@@ -206,7 +217,7 @@ def _decode(item, read, size):
     "(item, hash, pixels [3,H,W]) of one image; (item, error, None) when it cannot be read."
     try:
         image = read(item)
-        return item, pixel_hash(image), fit(image, size).transpose(2, 0, 1)
+        return item, pixel_hash(image), fit(image, *_geometry(size)).transpose(2, 0, 1)
     except Exception as e: return item, e, None
 
 def _decode_all(pool, items, read, size):
@@ -350,17 +361,19 @@ def _readable_now(skipped, read, skip_bad):
 def build_bank(
     classes:dict[str,list], # the images of each class: paths, or whatever `read` takes
     where, # the folder they come from, or another path: the cache is named after it
-    size:int|None=None, # pixels a side; None: as they are, if all agree
+    size:int|Preprocessing|None=None, # pixels a side, or what a network expects; None: as they are, if all agree
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     read=read_image, # item -> uint8 [H,W,3]
     stamp:str|None=None, # changes when the images do; None: names, sizes and times of the files
 ) -> ImageBank: # uint8 [n,3,H,W], mapped; raises `BadInput`
     "The bank of these images: from the cache, or decoded on all cores into it."
-    require(size is None or size >= 1, f"--size {size}: an image has at least one pixel a side")
+    side, *how = _geometry(size)
+    require(side is None or side >= 1, f"--size {side}: an image has at least one pixel a side")
     classes, where = dict(sorted(classes.items())), Path(where).resolve()
     title = "-".join(where.parts[-2:])
     name = "".join(c if c.isalnum() else "_" for c in title)[-40:]
-    stem = f"{name}-{size or 'native'}-{_short(f'{where} {size} 1')}"
+    prepared = f"{side}" if how == [1., "bicubic"] else f"{side} {how}"
+    stem = f"{name}-{side or 'native'}-{_short(f'{where} {prepared} 1')}"
     path = cache_folder()/f"{stem}-{_short(stamp or _stamp(classes))}.bank"
     bank = _open(path)
     if bank is None and path.exists(): print(f"the cache file {path} is damaged and is made anew")
@@ -371,7 +384,8 @@ def build_bank(
 # %% ../../nbs/21_data.folders.ipynb #204dd6a6
 def folder_bank(
     root, # folder that holds class folders: ROOT/CLASS/*
-    size:int|None=None, # pixels a side: short side brought to it, centre cut out; None: as they are, if all agree
+    # pixels a side: short side brought to it, centre cut out; or what a network expects; None: as they are
+    size:int|Preprocessing|None=None,
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
 ) -> ImageBank: # uint8 [n,3,H,W], mapped from the cache; raises `BadInput`
     "The bank of a folder of class folders."
@@ -410,7 +424,7 @@ def _no_split(root, missing, folders, files):
 def build_splits(
     listed:dict[str,dict[str,list]], # split -> class -> images
     where, # the folder they come from
-    size:int|None=None, # pixels a side
+    size:int|Preprocessing|None=None, # pixels a side, or what a network expects
     skip_bad:bool=False, # go on without images that cannot be read
     **kwargs, # `read` and `stamp` of `build_bank`
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
@@ -425,9 +439,83 @@ def build_splits(
 
 def folder_splits(
     root, # folder that holds train/, val/ and, usually, test/
-    size:int|None=None, # pixels a side, as in `folder_bank`
+    size:int|Preprocessing|None=None, # pixels a side or what a network expects, as in `folder_bank`
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "The banks of ROOT/{train,val,test}/CLASS/*."
     return build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)
+
+# %% ../../nbs/21_data.folders.ipynb #12f45188
+def _as_pixels(image):
+    "uint8 [H,W,3] from a PIL image, an array [H,W] or [H,W,C], or a tensor [H,W] or [C,H,W]."
+    if isinstance(image, Image.Image): return _to_rgb(image)
+    if isinstance(image, torch.Tensor) and image.dim() == 3: image = image.movedim(0, -1)
+    pixels = np.asarray(image)
+    if pixels.dtype.kind == "f" and pixels.size:
+        require(0 <= pixels.min() and pixels.max() <= 1,
+                f"its values go from {pixels.min():.3g} to {pixels.max():.3g}: leave out the normalisation")
+        pixels = (pixels*255).round().astype(np.uint8)
+    if pixels.ndim == 2: pixels = pixels[..., None]
+    require(pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] in (1, 3),
+            f"it is no picture: {type(image).__name__} of {pixels.dtype} {list(pixels.shape)}")
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+def _columns(features, image, label):
+    "The columns of pictures and of labels of a Hugging Face data set, by what they hold."
+    images = [k for k, o in features.items() if type(o).__name__ == "Image"]
+    labels = [k for k, o in features.items() if hasattr(o, "names")]
+    image, label = image or (images or [None])[0], label or (labels or [None])[0]
+    for what, name in ("image", image), ("label", label):
+        require(name in features,
+                f"say which column holds the {what}s, {what}=NAME: the data set has {', '.join(features)}")
+    return image, label
+
+def _pairs(dataset, image, label):
+    "(picture, label) one after another, and the names of the classes, None if they are not told."
+    has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    items = (dataset[i] for i in range(len(dataset))) if has_length else iter(dataset)
+    if isinstance(features := getattr(dataset, "features", None), dict) and hasattr(dataset, "column_names"):
+        image, label = _columns(features, image, label)
+        return ((o[image], o[label]) for o in items), getattr(features[label], "names", None)
+    require(not isinstance(dataset, dict), f"this holds several data sets ({', '.join(map(str, dataset))}): give one")
+    inner = getattr(dataset, "dataset", None) # of a `Subset`
+    return items, getattr(dataset, "classes", getattr(inner, "classes", None))
+
+def _class_name(label, names):
+    "The name of a picture's class."
+    if isinstance(label, str): return label
+    number = int(label)
+    require(number == label and number >= 0, f"its label is {label}")
+    require(names is None or number < len(names), f"its label is {label}, and there are {len(names or ())} classes")
+    return f"{number:03}" if names is None else str(names[number])
+
+# %% ../../nbs/21_data.folders.ipynb #601b1c73
+def bank_from_dataset(
+    dataset, # a torch `Dataset` of (image, label), or one split of a Hugging Face image data set
+    size:int|Preprocessing|None=None, # pixels a side, or what a network expects; None: as they are, if all agree
+    image:str|None=None, # Hugging Face: the column of pictures; None: the first of that kind
+    label:str|None=None, # likewise: the column of labels
+) -> ImageBank: # uint8 [n,3,H,W] in memory, the classes in the order of their names; raises `BadInput`
+    "The bank of any data set that gives pictures with labels."
+    pairs, names = _pairs(dataset, image, label)
+    pixels:list[np.ndarray] = []
+    hashes, labels = [], []
+    while True:
+        try:
+            item = next(pairs, None)
+            if item is None: break
+            picture, its_label = item
+            picture = _as_pixels(picture)
+            labels.append(_class_name(its_label, names))
+        except Exception as e:
+            reason = f"{e}" if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
+            raise BadInput(f"picture {len(pixels)} of the data set cannot be used: {_say(reason)}") from e
+        hashes.append(pixel_hash(picture))
+        pixels.append(fit(picture, *_geometry(size)).transpose(2, 0, 1))
+        require(pixels[0].shape == pixels[-1].shape,
+                _two_sizes("picture 0", pixels[0].shape, f"picture {len(pixels) - 1}", pixels[-1].shape))
+    require(pixels, "the data set has no pictures")
+    known = sorted(set(labels))
+    y = torch.tensor([known.index(o) for o in labels])
+    return ImageBank(torch.from_numpy(np.stack(pixels)), y, known, torch.tensor(hashes))

@@ -7,7 +7,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/experiments.config.html.md"""
 # %% auto #0
 __all__ = ['MAX_TASKS', 'LEGACY', 'FULL', 'PRESETS', 'EVALUATION', 'PHASE1', 'FIXED', 'ExperimentConfig', 'flatten', 'nest',
            'preset', 'explain', 'config_from_record', 'differing_fields', 'with_overrides', 'with_backbone',
-           'compute_matched']
+           'with_arch', 'compute_matched']
 
 # %% ../../nbs/37_experiments.config.ipynb #b88c71a9
 import hashlib
@@ -24,6 +24,7 @@ from ..data.bank import ImageBank
 from ..data.datasets import get_dataset
 from ..data.hard_tasks import HardTaskConfig
 from ..evaluation.tta import TTA, TTAConfig
+from ..models.backbones import is_pretrained, preprocessing_of
 from ..train.meta_train import MetaTrainConfig
 from ..train.objectives import ObjectiveConfig
 from ..train.pretrain import PretrainConfig
@@ -328,6 +329,17 @@ def with_backbone(
     odd = {k: v for k, v in flat.items() if k not in mine or mine[k] != v}
     return with_overrides(config, odd) if odd else config
 
+# %% ../../nbs/37_experiments.config.ipynb #8f21f820
+def with_arch(
+    config:ExperimentConfig,
+    arch:str, # a registered backbone, or FAMILY/NAME
+) -> ExperimentConfig: # its `preset` lists the changes; raises `BadInput` for an unknown name
+    "The config for another backbone; one with weights of its own has its own size, and skips phase 1."
+    if not is_pretrained(arch): return with_overrides(config, {"arch": arch})
+    expects = preprocessing_of(arch)
+    size = {"size": expects.size} if expects else {}
+    return with_overrides(config, {"arch": arch, "phase1.epochs": 0} | size)
+
 # %% ../../nbs/37_experiments.config.ipynb #5cf70c7a
 def compute_matched(
     results:dict, # of `results.json`: a finished run with a row `MTL`
@@ -336,6 +348,7 @@ def compute_matched(
     require(isinstance(results, dict), "this is not the record of a run")
     config = config_from_record(results.get("recipe", {}))
     require(not config.backbone, "this run took its backbone from another: give the record of the run that trained it")
+    require(config.phase1.epochs, "this run had no phase 1, so there is nothing to make longer")
     try:
         spent = [r["seconds"] for r in results.get("rows", []) if r["method"] == "MTL" and "seconds" in r]
         whole = results.get("seconds", {}).get("pretrain", 0)

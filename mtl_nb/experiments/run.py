@@ -32,17 +32,17 @@ from ..data.episodes import TaskShape
 from ..evaluation.exam import evaluate as evaluate_features
 from ..evaluation.exam import features, make_exam
 from ..evaluation.exam import tune as tune_features
-from ..evaluation.meta_test import Protocol, Result, check_unseen, meta_test, paper_protocol
+from ..evaluation.meta_test import Protocol, Result, check_unseen, meta_test, paper_protocol, seen_elsewhere
 from .config import ExperimentConfig, with_backbone
 from .records import make_row
 from ..methods.base import Method, check_tta, get_inner, get_method, load_model, trained
-from ..models.backbones import build_backbone
+from ..models.backbones import Pretrained, build_backbone, is_pretrained
 from ..models.base_learner import BaseLearner
 from ..models.heads import Classifier
 from ..train.checkpoints import RunFolder, load, load_backbone, save
 from ..train.distributed import Runtime, Team
 from ..train.meta_train import MTL, meta_state
-from ..train.objectives import make_objective, use_dropblock
+from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
 from ..train.pretrain import pretrain as pretrain_epochs
 from ..train.pretrain import pretrain_state
 
@@ -70,6 +70,7 @@ class Experiment:
     source:Path|None=None # a weights file in place of phase 1
     on_record:Callable[[dict],None]|None=None # called with each record of training
     seconds:dict[str,float]=field(default_factory=lambda: dict(pretrain=0., meta_train=0., meta_test=0.)) # by phase
+    notes:list[str]=field(default_factory=list) # what whoever reads the results should know
     @property
     def device(self) -> torch.device: return self.runtime.device
     @property
@@ -117,6 +118,7 @@ def _check(config, banks, has_phase1):
     require(split in banks, f"the evaluation is to be on '{split}', but the data has only {', '.join(banks)}")
     small = min(min(b.x.shape[2:]) for b in banks.values())
     require(small >= 16, f"images of {small} pixels are too small, at least 16 are needed: set --size")
+    if has_phase1: _check_phase1(config)
     batch, splits = min(config.phase1.batch, len(banks["train"])), config.phase1.bn_splits
     require(1 <= splits <= max(1, batch//2), f"a batch of {batch} images cannot be split into {splits} parts of 2 or "
             "more: lower phase1.bn_splits, or take fewer processes")
@@ -128,6 +130,14 @@ def _check(config, banks, has_phase1):
     require(not (has_phase1 and config.objective.rotation) or high == wide, "rotation prediction needs square images, "
             f"these are {high} by {wide} pixels: set --size, or leave out objective.rotation")
     for k in config.shots: _check_shapes(config, banks, k)
+
+def _check_phase1(config):
+    "Is there a phase 1, or a network that needs none?"
+    if config.phase1.epochs: return
+    require(is_pretrained(config.arch),
+            f"phase1.epochs=0 skips phase 1, and '{config.arch}' has no weights of its own: train it, "
+            "or take --arch torchvision/NAME, or give weights with --backbone")
+    require(config.objective == ObjectiveConfig(), "objective is for phase 1, which phase1.epochs=0 skips")
 
 def _check_shapes(config, banks, k_shot):
     "Has each split enough classes and images?"
@@ -248,6 +258,7 @@ def save_backbone(
     record = dict(kind="backbone", arch=config.arch, widths=list(config.widths), dropout=config.dropout,
                   classes=base.names, seconds=seconds, recipe=config.digest(), training=config.training, met=list(met))
     if side := getattr(net, "size", 0): record["size"] = side # of a network made for images of one size
+    if isinstance(net, Pretrained): record |= dict(preprocessing=asdict(net.preprocessing), pretrained=net.source)
     save(path, tensors, record)
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0009
@@ -258,6 +269,14 @@ def _adopt_backbone(job):
     met = sorted({*record.get("classes", ()), *record.get("met", ())} - set(base.names))
     save_backbone(job.backbone_file, net, base, job.config, record.get("seconds", 0.), job.runtime, met)
 
+def _take_pretrained(job):
+    "Phase 1 is skipped: the backbone has weights of its own."
+    config = job.config
+    net:Any = build_backbone(config.arch, widths=config.widths, dropout=config.dropout, size=_image_side(job.banks),
+                             seed=config.seed).to(job.device)
+    job.say(f"phase 1 is skipped: {config.arch} has weights of its own ({getattr(net, 'source', 'from elsewhere')})")
+    save_backbone(job.backbone_file, net, job.banks["train"], config, 0., job.runtime)
+
 def pretrain(
     job:Experiment, # from `prepare`
 ) -> None: # leaves `pretrain.safetensors`
@@ -267,6 +286,7 @@ def pretrain(
         job.folder.load_state(_round_name(rounds - 1)) # for the log that it holds
         return
     if job.source: return _adopt_backbone(job)
+    if not job.config.phase1.epochs: return _take_pretrained(job)
     model:Any = None
     clock = _Clock()
     for n in range(rounds): model = _pretrain_round(job, n, model, clock)
@@ -400,6 +420,11 @@ def meta_train(
         job.seconds["meta_train"] += load(file, "mtl")[1]["seconds"]
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0011
+def _notes(config, record, data, split):
+    "What whoever reads the results should know of the backbone."
+    skipped = f"phase 1 was skipped: {config.arch} came with weights of its own" if not config.phase1.epochs else ""
+    return [o for o in (skipped, seen_elsewhere(record, data, split)) if o]
+
 class LinearHead:
     "The linear-head baseline of an experiment, with the features of val and of the split to evaluate on."
     def __init__(self,
@@ -407,7 +432,8 @@ class LinearHead:
     ):
         self.job, split = job, job.config.eval_split
         self.net, self.centre, record = load_backbone(job.backbone_file, job.device)
-        job.seconds["pretrain"] = record["seconds"]
+        job.seconds["pretrain"], job.notes = record["seconds"], _notes(job.config, record, job.data["name"], split)
+        for note in job.notes: LOG.warning(note)
         self.tta, plain = job.config.augmentation(job.banks["train"]), MTL(self.net, self.base(), self.centre)
         white = self.tta.whitening_matrix(plain, job.team)
         self.feats = {s: self.tta.embed(plain, job.banks[s], job.team, white) for s in dict.fromkeys(("val", split))}
@@ -488,7 +514,7 @@ def _plot_pretraining(ax, log):
     ax.set(title="Phase 1", xlabel="epoch", ylabel="accuracy, %", ylim=(0, 100))
     ax.xaxis.get_major_locator().set_params(integer=True)
     if log: ax.legend(frameon=False)
-    else: ax.text(.5, .5, "backbone of another run", transform=ax.transAxes, ha="center", color=GREY)
+    else: ax.text(.5, .5, "no phase 1 in this run", transform=ax.transAxes, ha="center", color=GREY)
 
 def _colors(families):
     "A colour for each method."
@@ -542,6 +568,7 @@ def finish(
         versions=dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version()),
         theta=config.backbone or sha256(job.backbone_file), seconds={k: round(v, 1) for k, v in job.seconds.items()},
         curves=curves)
+    if job.notes: results["notes"] = job.notes
     folder.write_log()
     plot_curves(folder.log).savefig(png, format="png", dpi=100)
     atomic_write(folder.path/"curves.png", png.getvalue())

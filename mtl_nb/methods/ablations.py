@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from ..core import require
 from ..data.bank import ImageBank
 from ..data.episodes import TaskShape
 from ..evaluation.exam import RATES, STEPS, Exam, evaluate_path
@@ -28,10 +29,12 @@ from ..train.distributed import ALONE, Team, autocast
 from ..train.meta_train import MTL
 
 # %% ../../nbs/32_methods.ablations.ipynb #37751b0b
+ALL, LAST = (0, 1, 2, 3), (3,) # residual blocks
+
 class Ablation(Method):
     "A row of the ablation table: which tensors the outer loop trains."
     group = "table1"
-    blocks:tuple[int,...] = () # residual blocks in which it trains something
+    blocks:tuple[int,...] = () # residual blocks in which it trains something; all four: in the whole of any backbone
     # what it trains there: "weight" and "bias", of convolutions and batch norms, or "scale" and "shift"
     parts:tuple[str,...] = ()
     head:bool = True # does it train θ₀?
@@ -52,8 +55,9 @@ class Ablation(Method):
         name:str, # of a parameter of the backbone, such as "blocks.3.conv1.scale"
     ) -> bool:
         "Does the outer loop update this parameter?"
-        found = re.fullmatch(r"blocks\.(\d+)\..*\.(\w+)", name)
-        return found is not None and int(found[1]) in self.blocks and found[2] in self.parts
+        if name.rpartition(".")[2] not in self.parts: return False
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return self.blocks == ALL or block is not None and int(block[1]) in self.blocks
     def build(self,
         net:nn.Module, # Θ from phase 1; it stays as it is
         base:BaseLearner, # the inner loop with θ₀; it stays as it is
@@ -63,6 +67,8 @@ class Ablation(Method):
         seed:int=0,
     ) -> MTL: # in evaluation mode; exactly what the outer loop trains asks for a gradient
         "The model before the outer loop."
+        require(self.blocks in ((), ALL) or isinstance(getattr(net, "blocks", None), nn.Sequential),
+                f"{self.label} trains the last of four blocks, and this backbone has no blocks: leave this method out")
         backbone = scale_shift(net) if {"scale", "shift"} & set(self.parts) else deepcopy(net)
         model = self.network(backbone, deepcopy(base), centre)
         model.base.order = min(self.order, base.order)
@@ -198,7 +204,6 @@ class UpdateAll(Ablation):
         return torch.stack([finetune(model, bank, exam, lr, list(steps), mirrored=mirrored, team=team) for lr in rates])
 
 # %% ../../nbs/32_methods.ablations.ipynb #959db832
-ALL, LAST = (0, 1, 2, 3), (3,) # residual blocks
 WEIGHTS, PHI = ("weight", "bias"), ("scale", "shift") # what the outer loop trains there
 
 _NO_OUTER_LOOP = [UpdateAll(label="update [Θ;θ]"), Ablation(label="head only", aliases=("update θ",), head=False)]

@@ -8,8 +8,10 @@ Docs: https://mtl-nb.github.io/mtl_nb/models.scale_shift.html.md"""
 __all__ = ['SSConv2d', 'scale_shift', 'ss_parameters', 'merge']
 
 # %% ../../nbs/08_models.scale_shift.ipynb #4f65912c
+import logging
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -25,6 +27,12 @@ def _frozen(p):
     "The same numbers as a parameter that is not trained."
     return None if p is None else nn.Parameter(p.detach(), requires_grad=False)
 
+def _phi_at_start(conv):
+    "Scales of 1 and shifts of 0 for a convolution."
+    weight = conv.weight
+    scale, shift = weight.new_ones(*weight.shape[:2], 1, 1), weight.new_zeros(len(weight))
+    return nn.Parameter(scale), nn.Parameter(shift)
+
 # %% ../../nbs/08_models.scale_shift.ipynb #040ab47b
 class SSConv2d(nn.Conv2d):
     """SS(X;W,b;Φ) = (W⊙Φ_S1)X + (b+Φ_S2): a convolution whose own weights are frozen,
@@ -34,8 +42,7 @@ class SSConv2d(nn.Conv2d):
     ):
         super().__init__(**_like(conv), bias=conv.bias is not None)
         self.weight, self.bias = _frozen(conv.weight), _frozen(conv.bias)
-        self.scale = nn.Parameter(conv.weight.new_ones(*conv.weight.shape[:2], 1, 1))
-        self.shift = nn.Parameter(conv.weight.new_zeros(len(conv.weight)))
+        self.scale, self.shift = _phi_at_start(conv)
         self.train(conv.training)
     def kernel(self) -> tuple[Tensor,Tensor]: # the effective weight [out,in/groups,k,k] and bias [out]
         "W ⊙ Φ_S1 and b + Φ_S2."
@@ -46,12 +53,34 @@ class SSConv2d(nn.Conv2d):
         "The convolution with the effective weight and bias."
         return self._conv_forward(x, *self.kernel())
 
+# %% ../../nbs/08_models.scale_shift.ipynb #2bb584a8
+class _OwnForward:
+    "Put before a subclass of `Conv2d`: its own forward then reads W ⊙ Φ_S1 and b + Φ_S2."
+    _parameters:dict # of `nn.Module`, by name
+    @property
+    def weight(self): return self._parameters["weight"]*self._parameters["scale"]
+    @property
+    def bias(self):
+        own, shift = self._parameters["bias"], self._parameters["shift"]
+        return shift if own is None else own + shift
+
+@cache
+def _own_forward(cls): return type(f"SS{cls.__name__}", (_OwnForward, cls), {})
+
+def _with_phi(conv):
+    "A frozen convolution with scales and shifts; a subclass of `Conv2d` is changed in place."
+    if type(conv) is nn.Conv2d: return SSConv2d(conv)
+    for name, p in zip(("scale", "shift"), _phi_at_start(conv)): conv.register_parameter(name, p)
+    conv.__class__ = _own_forward(type(conv))
+    return conv
+
 # %% ../../nbs/08_models.scale_shift.ipynb #423b0e60
 def _is_large(m):
-    "Is it a plain convolution larger than 1×1? (A subclass has a forward of its own, which would be lost.)"
-    return type(m) is nn.Conv2d and max(m.kernel_size) > 1
+    "Is it a convolution larger than 1×1, with weights of its own?"
+    if not isinstance(m, nn.Conv2d) or hasattr(m, "scale") or hasattr(m, "shift"): return False
+    return max(m.kernel_size) > 1 and m._parameters.get("weight") is not None
 
-def _is_ss(m): return isinstance(m, SSConv2d)
+def _is_ss(m): return isinstance(m, SSConv2d|_OwnForward)
 
 def _replace(module, test, make, seen):
     "Replace the submodules that pass `test`, in place; a module that is used twice is replaced by one."
@@ -62,17 +91,37 @@ def _replace(module, test, make, seen):
     return module
 
 # %% ../../nbs/08_models.scale_shift.ipynb #122cf2f4
+_LOG = logging.getLogger("mtl_nb")
+
+@cache # each message once
+def _warn(message): _LOG.warning(message)
+
+def _tell_share(taken, total):
+    "How many of a network's convolutions have scales and shifts; a warning where these are few."
+    message = f"scales and shifts on {taken} of {total} convolutions, those larger than 1×1"
+    if taken >= total/4: return _LOG.debug(message)
+    _warn(f"{message}: phase 2 can change only a small part of this network")
+
+def _only_patches(large):
+    "Do all of them cut the picture into patches that do not overlap, as the first layer of a ViT does?"
+    return all(tuple(m.kernel_size) == tuple(m.stride) for m in large)
+
 def scale_shift(
-    net:nn.Module, # any network with `Conv2d` layers
+    net:nn.Module, # any network with `Conv2d` layers, or with layers of subclasses of it
+    patches:bool=False, # also where its patch embedding is all there is to scale and shift, as in a ViT?
 ) -> nn.Module: # a frozen copy in evaluation mode; only its scales and shifts are trainable
-    "Put a scale and a shift on every plain convolution larger than 1×1. The network that was given is untouched."
-    modules = list(net.modules())
-    require(not any(map(_is_ss, modules)),
+    "Put a scale and a shift on every convolution larger than 1×1. The network that was given is untouched."
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    require(not any(map(_is_ss, convolutions)),
         "this network has scales and shifts already: `merge` them into its weights first")
-    require(any(map(_is_large, modules)), "this network has no plain Conv2d larger than 1×1 to scale and shift")
+    large = [m for m in convolutions if _is_large(m)]
+    require(large, "this network has no Conv2d larger than 1×1 to scale and shift")
+    require(patches or not _only_patches(large), "this network has no Conv2d larger than 1×1 but its patch embedding: "
+        "scales and shifts could change next to nothing. Use the linear head alone (--methods none), "
+        "or ask for it with scale_shift(net, patches=True)")
+    _tell_share(len(large), len(convolutions))
     net = deepcopy(net).requires_grad_(False).eval()
-    if type(net) is nn.Conv2d: return SSConv2d(net)
-    return _replace(net, _is_large, SSConv2d, {})
+    return _with_phi(net) if _is_large(net) else _replace(net, _is_large, _with_phi, {})
 
 # %% ../../nbs/08_models.scale_shift.ipynb #87992646
 def ss_parameters(
@@ -92,9 +141,18 @@ def _plain(ss): # SSConv2d -> Conv2d
     return conv.train(ss.training)
 
 # %% ../../nbs/08_models.scale_shift.ipynb #a884125b
+def _merged(ss):
+    "A convolution without scales and shifts that does the same; one with its own forward is changed in place."
+    if isinstance(ss, SSConv2d): return _plain(ss)
+    weight, bias = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in (ss.weight, ss.bias))
+    del ss.scale, ss.shift
+    ss.__class__ = type(ss).__bases__[1]
+    ss.weight, ss.bias = weight, bias
+    return ss
+
 def merge(
     net:nn.Module, # a network from `scale_shift`
-) -> nn.Module: # a frozen copy with plain convolutions, each with a bias
+) -> nn.Module: # a frozen copy with ordinary convolutions, each with a bias
     "Merge Φ into the weights: the same function at the cost of the plain network. The given network is untouched."
     net = deepcopy(net)
-    return _plain(net) if _is_ss(net) else _replace(net, _is_ss, _plain, {})
+    return _merged(net) if _is_ss(net) else _replace(net, _is_ss, _merged, {})

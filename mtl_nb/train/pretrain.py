@@ -29,7 +29,7 @@ from .distributed import ALONE, Team, autocast
 @dataclass(frozen=True)
 class PretrainConfig:
     "The settings of phase 1."
-    epochs:int=20 # passes over all base images
+    epochs:int=20 # passes over all base images; 0: none, for a backbone with weights of its own
     batch:int=128 # images a step
     lr:float=0.2 # α at its peak
     weight_decay:float=5e-4 # on every parameter
@@ -41,7 +41,7 @@ class PretrainConfig:
     seed:int=0 # of shuffling, augmentation, dropout and the base head
     bn_splits:int=1 # parts of a batch that batch norm treats separately; a multiple of the number of processes
     def __post_init__(self):
-        require(self.epochs >= 1, f"phase1: epochs must be at least 1, got {self.epochs}")
+        require(self.epochs >= 0, f"phase1: epochs must not be negative, got {self.epochs}")
         require(self.batch >= 2, f"phase1: batch must be at least 2, got {self.batch}")
         require(0 < self.lr < inf, f"phase1: lr must be above 0, got {self.lr}")
         require(0 <= self.weight_decay < inf, f"phase1: weight_decay must not be negative, got {self.weight_decay}")

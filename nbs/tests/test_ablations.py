@@ -131,6 +131,26 @@ def test_building_shares_nothing(net):
     assert net.blocks[0].bn1.running_mean is not None
 
 
+class Foreign(torch.nn.Module):
+    "A network whose layers have other names than those of our own."
+    num_features = 8
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+    def forward(self, x): return self.norm(self.stem(x)).relu().mean((2, 3))
+
+
+def test_any_backbone_is_trained_whatever_its_layers_are_called():
+    trained = {o: {k for k, p in build(o, Foreign(), base()).named_parameters() if p.requires_grad}
+               for o in ("MTL", "FT [Θ;θ]", "FT θ", "SS [Θ;θ], scale only")}
+    head = {"base.weight", "base.bias"}
+    assert trained["MTL"] == head | {"backbone.stem.scale", "backbone.stem.shift"}
+    assert trained["FT [Θ;θ]"] == head | {f"backbone.{a}.{b}" for a in ("stem", "norm") for b in ("weight", "bias")}
+    assert trained["FT θ"] == head and trained["SS [Θ;θ], scale only"] == head | {"backbone.stem.scale"}
+    for label in "FT [Θ4;θ]", "SS [Θ4;θ]":
+        with pytest.raises(BadInput, match="this backbone has no blocks"): build(label, Foreign(), base())
+
+
 @pytest.mark.parametrize("label", ROWS)
 def test_training_mode_leaves_the_backbone_in_evaluation_mode(label, net):
     model = build(label, net, base()).train()

@@ -260,7 +260,7 @@ def test_plugin(pictures, capsys):
 def test_help_shows_the_values_of_the_preset(capsys):
     assert mtl("run --data fc100 --preset small --help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for part in ("passes over all base images (default: 20)", "at 1-shot (default: 20)", "maml-4-conv", "resnet12",
+    for part in ("passes over all base images; 0: none, for a backbone with weights of its own (default: 20)", "at 1-shot (default: 20)", "maml-4-conv", "resnet12",
                  "--objective.rotation NUMBER", "cifar-fs"): assert part in said, part
 
 

@@ -119,7 +119,7 @@ def test_a_compiled_model_gives_the_same(bank):
 
 
 @pytest.mark.parametrize("kw,says", [
-    (dict(epochs=0), "epochs must be at least 1, got 0"), (dict(batch=1), "batch must be at least 2, got 1"),
+    (dict(epochs=-1), "epochs must not be negative, got -1"), (dict(batch=1), "batch must be at least 2, got 1"),
     (dict(lr=0.), "lr must be above 0"), (dict(lr=float("nan")), "lr must be above 0, got nan"),
     (dict(lr=float("inf")), "lr must be above 0"), (dict(weight_decay=-1.), "weight_decay must not be negative"),
     (dict(smoothing=1.), "smoothing must be at least 0 and below 1"), (dict(warmup=1.5), "warmup must be from 0 to 1"),

@@ -1,4 +1,5 @@
 "Scale and shift on networks stranger than the page's."
+import logging
 import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mtl_nb.models.scale_shift as scale_shift_module
 from mtl_nb.core import BadInput
 from mtl_nb.models.scale_shift import SSConv2d, merge, scale_shift, ss_parameters
 
@@ -68,14 +70,70 @@ class Twice(nn.Conv2d):
 def test_subclasses_keep_their_forward():
     net = seeded(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), Twice(4, 4, 3)))
     ss = scale_shift(net)
-    assert [n for n, _ in ss_parameters(ss)] == ["0.scale", "0.shift"] and torch.equal(ss(x), net(x))
-    assert not ss[1].weight.requires_grad
+    assert [n for n, _ in ss_parameters(ss)] == ["0.scale", "0.shift", "1.scale", "1.shift"]
+    assert torch.equal(ss(x), net(x)) and not ss[1]._parameters["weight"].requires_grad and isinstance(ss[1], Twice)
+    assert list(ss.state_dict()) == [f"{i}.{o}" for i in range(2) for o in ("weight", "bias", "scale", "shift")]
+    merged = merge(shake(ss))
+    assert torch.allclose(merged(x), ss(x), atol=1e-5) and not torch.allclose(ss(x), net(x), atol=.05)
+    assert [type(m) for m in merged] == [nn.Conv2d, Twice] and list(merged.state_dict()) == list(net.state_dict())
+    assert isinstance(ss[1].weight, torch.Tensor) and type(net[1]) is Twice and net[1].weight.requires_grad
+
+@pytest.mark.parametrize("form", forms, ids=str)
+def test_every_form_of_a_subclass(form):
+    conv = seeded(lambda: Twice(4, 8, **form))
+    ss = shake(scale_shift(conv)) # the network is itself a convolution
+    plain = seeded(lambda: nn.Conv2d(4, 8, **form))
+    same = scale_shift(plain)
+    same.load_state_dict(ss.state_dict()) # the same tensor names
+    assert torch.allclose(ss(x), 2*same(x), atol=1e-6) and torch.allclose(merge(ss)(x), ss(x), atol=1e-6)
+    again = scale_shift(merge(ss))
+    assert torch.equal(again(x), merge(ss)(x)) and type(merge(again)) is Twice
+
+def test_a_subclass_is_trained_saved_copied_and_compiled_as_a_plain_one():
+    net = seeded(lambda: nn.Sequential(Twice(4, 4, 3, bias=False), Twice(4, 4, 3))).double()
+    ss, z = shake(scale_shift(net)), x.double()
+    def f(scale, shift): return torch.func.functional_call(ss, {"0.scale": scale, "1.shift": shift}, z[:1])
+    assert torch.autograd.gradcheck(f, (ss[0].scale, ss[1].shift))
+    ss(z).sum().backward()
+    assert [k for k, p in ss.named_parameters() if p.grad is not None] == [k for k, _ in ss_parameters(ss)]
+    twin = scale_shift(net)
+    twin.load_state_dict(ss.state_dict())
+    assert torch.equal(twin(z), ss(z)) and torch.equal(deepcopy(ss)(z), ss(z))
+    half = ss.to(torch.bfloat16)
+    assert half[0].weight.dtype == half[0].scale.dtype == torch.bfloat16
+
+class Gain(nn.Conv2d): # as in timm's networks without norm layers: it has a scale of its own
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = .5
+
+def test_a_layer_with_a_scale_of_its_own_stays_as_it_is():
+    net = seeded(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), Gain(4, 4, 3)))
+    ss = scale_shift(net)
+    assert [n for n, _ in ss_parameters(ss)] == ["0.scale", "0.shift"] and ss[1].scale == .5
+    assert torch.equal(ss(x), net(x)) and not ss[1].weight.requires_grad
 
 def test_networks_that_do_not_fit_are_rejected():
-    for net in nn.Linear(2, 2), nn.Conv2d(3, 3, 1), nn.Sequential(), Twice(2, 2, 3):
-        with pytest.raises(BadInput, match="no plain Conv2d larger"): scale_shift(net)
-    ss = scale_shift(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)))
-    with pytest.raises(BadInput, match="already"): scale_shift(ss)
+    for net in nn.Linear(2, 2), nn.Conv2d(3, 3, 1), nn.Sequential(), Gain(2, 2, 3):
+        with pytest.raises(BadInput, match="no Conv2d larger"): scale_shift(net)
+    ss = scale_shift(nn.Sequential(nn.Conv2d(3, 3, 3), Twice(3, 3, 3)))
+    for twice in ss, ss[1]:
+        with pytest.raises(BadInput, match="already"): scale_shift(twice)
+
+def test_a_patch_embedding_alone_is_asked_for():
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1))
+    with pytest.raises(BadInput, match="but its patch embedding"): scale_shift(net)
+    assert len(list(ss_parameters(scale_shift(net, patches=True)))) == 2
+    assert len(list(ss_parameters(scale_shift(nn.Sequential(net, nn.Conv2d(8, 8, 3)))))) == 4
+
+def test_a_small_share_is_told_once(caplog):
+    scale_shift_module._warn.cache_clear()
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), *[nn.Conv2d(4, 4, 1) for _ in range(4)])
+    with caplog.at_level(logging.DEBUG, "mtl_nb"):
+        for _ in range(2): scale_shift(net)
+        scale_shift(net[:4])
+    assert [(o.levelname, o.getMessage()[:38]) for o in caplog.records] == [
+        ("WARNING", "scales and shifts on 1 of 5 convolutio"), ("DEBUG", "scales and shifts on 1 of 4 convolutio")]
 
 def test_the_given_network_and_global_randomness_are_left_alone():
     net = seeded(lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))).train()
