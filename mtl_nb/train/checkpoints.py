@@ -135,6 +135,19 @@ def unpack(
     return tree["value"]
 
 # %% ../../nbs/24_train.checkpoints.ipynb #8c74a0ec
+def _shapes(tensors): return {k: v.shape for k, v in tensors.items()}
+
+def _misfit(net, tensors):
+    "What keeps tensors from going into a network, or nothing."
+    own = _shapes(net.state_dict())
+    if tensors and all(k.startswith("module.") for k in tensors):
+        return "its names begin with 'module.': save the `.module` of the parallel network"
+    for k in sorted(own.keys() - tensors.keys()): return f"it lacks '{k}'"
+    for k in sorted(tensors.keys() - own.keys()): return f"'{k}' has no place in it"
+    for k, v in tensors.items():
+        if v.shape != own[k]: return f"'{k}' has the shape {list(v.shape)}, and {list(own[k])} is needed"
+    return ""
+
 def load_backbone(
     path:Path, # a `pretrain.safetensors`
     device:torch.device=torch.device("cpu"), # where it is wanted
@@ -146,6 +159,7 @@ def load_backbone(
         dropout = record.get("dropout", record.get("drop", 0.)) # `drop`: before version 0.2
         net = build_backbone(record.get("arch", "resnet12"), widths=tuple(record["widths"]), dropout=dropout,
                              size=record.get("size", 0))
+        require(not (why := _misfit(net, tensors)), f"it does not hold the network that its record describes: {why}")
         net.load_state_dict(tensors)
     except BadInput as e: raise BadInput(f"{path}: {e}") from None
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as e:
@@ -173,8 +187,6 @@ def backbone_path(
     return theta
 
 # %% ../../nbs/24_train.checkpoints.ipynb #fc5ffd19
-def _shapes(tensors): return {k: v.shape for k, v in tensors.items()}
-
 @dataclass
 class TrainState:
     "All that a training loop changes: what a checkpoint must hold."

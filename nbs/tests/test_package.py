@@ -15,7 +15,7 @@ def test_wheel(copy):
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = zipfile.ZipFile(next((copy/"dist").glob("*.whl")))
     names = wheel.namelist()
-    ours = {o.relative_to(root).as_posix() for o in (root/"mtl_nb").rglob("*") if o.suffix in (".py", ".typed")}
+    ours = {o.relative_to(root).as_posix() for o in (root/"mtl_nb").rglob("*") if o.suffix in (".py", ".typed", ".safetensors")}
     assert {o for o in names if ".dist-info/" not in o} == ours
     meta = message_from_string(wheel.read(next(o for o in names if o.endswith("METADATA"))).decode())
     assert meta["Name"] == "mtl_nb" and meta["Requires-Python"] == ">=3.11" and set(meta.get_all("Provides-Extra")) == {"nb", "dev", "docs"}
