@@ -321,10 +321,13 @@ class Recognizer:
     def classes_(self) -> np.ndarray: # of str, in order of name
         "The names of the classes."
         return np.array(list(self.support), str)
-    def __repr__(self):
-        pictures = sum(map(len, self.support.values()))
-        estimate = self.estimate_ or "no estimate: a class has only one picture" if self.head else "no head yet"
-        return f"Recognizer({len(self.support)} classes, {pictures} pictures; {estimate})"
+    @property
+    def summary(self) -> str: # such as "5 classes, 25 pictures; about 80 % of new pictures right (61 to 91 %), …"
+        "What was learned, and what to expect of it."
+        estimate:object = "no head yet"
+        if self.head: estimate = self.estimate_ or "no estimate: a class has only one picture"
+        return f"{len(self.support)} classes, {sum(map(len, self.support.values()))} pictures; {estimate}"
+    def __repr__(self): return f"Recognizer({self.summary})"
 
     def embed(self,
         images, # as for `list_pictures`
@@ -490,6 +493,8 @@ class Recognizer:
                 f"'{weights or record.source}' holds: give those with which it was learned")
         (r.model.base.lr, r.model.base.steps), r.record.unknown = record.inner, record.unknown
         r.source, r.estimate_ = r.source or record.source, record.estimate
+        d, expected = tensors["support"].shape[1], r.model.base.weight.shape[1]
+        require(d == expected, f"{path} is damaged: it has {d} features of a picture, and its weights give {expected}")
         support, *head = (tensors[k].to(device) for k in ("support", "weight", "bias"))
         r.support = dict(zip(record.classes, support.split(record.counts)))
         r.head = tuple(head)
