@@ -31,7 +31,7 @@ from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from . import __version__
 from .core import BadInput, atomic_write, did_you_mean, read_json, require
@@ -240,19 +240,21 @@ def parse(
     texts = vars(known)
     out = SimpleNamespace(given=[k for k, v in texts.items() if v not in (None, False)], texts=texts)
     for f in (o for cls in classes for o in fields(cls)):
-        value = f.default if texts[f.name] is None else texts[f.name]
-        if isinstance(texts[f.name], str): value = read_value(value, f.type, _flag(f.name))
+        value, text = f.default, texts[f.name]
+        if text is not None: value = read_value(text, f.type, _flag(f.name)) if isinstance(text, str) else text
         setattr(out, f.name, value)
     return out
 
 # %% ../nbs/22_cli.ipynb #b7c6b45b
 def config_fields(
-    cls:type, # `ExperimentConfig`, or a part of it
+    cls:Any, # `ExperimentConfig`, or a part of it
     prefix:str="", # of the names
 ) -> dict: # by dotted name: type, comment, and title of its group
     "All fields of a config that can be set on the command line."
     from mtl_nb.experiments.config import FIXED
-    comments, parts, out = _comments(cls), {}, {}
+    comments = _comments(cls)
+    parts:dict[str,tuple] = {}
+    out:dict[str,tuple] = {}
     for f in fields(cls):
         part, optional = _plain(f.type)
         if is_dataclass(part):
@@ -273,7 +275,7 @@ def add_config_options(
         if title not in groups: groups[title] = parser.add_argument_group(title)
         text, default = comment.replace("%", "%%"), values.get(name)
         if name in values: text += f" (default: {_shown(default)})"
-        more = dict(nargs="?", const="true") if hint is bool else {}
+        more:dict[str,Any] = dict(nargs="?", const="true") if hint is bool else {}
         metavar = "none" if hint is NoneType else _describe(hint)[0]
         groups[title].add_argument(_flag(name), dest=f"config:{name}", metavar=metavar, help=text, **more)
 
@@ -304,6 +306,7 @@ def import_plugins(
         path = Path(file)
         require(path.is_file() and path.suffix == ".py", f"--plugin: no such Python file: {file}")
         spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader # since it is a Python file
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         try: spec.loader.exec_module(module)
         except Exception as e: raise BadInput(f"--plugin: {file} cannot be imported: {type(e).__name__}: {e}") from e
@@ -500,6 +503,7 @@ def mtl_run(
         return DEADLINE
     _print_results(results | dict(folder=str(folder)), options.json)
     LOG.info(f"Everything is in {folder}")
+    return None
 
 # %% ../nbs/22_cli.ipynb #4c0f7fef
 @dataclass
@@ -521,38 +525,15 @@ def load_models(
     shots:tuple[int,...], # for a backbone alone
     way:int, # for a backbone alone
     device, # a `torch.device`
-) -> list[tuple]: # label, `TaskShape` (its queries mean nothing), `Method` and model of each; raises `BadInput`
+) -> list: # `Weights` of each; raises `BadInput`
     "The models of a run, with the inner rate and steps that were chosen on val; or the one in a weights file."
-    from mtl_nb.data.episodes import TaskShape
-    from mtl_nb.experiments.records import read_record
-    from mtl_nb.methods.base import load_model
+    from mtl_nb.publish import load_weights, weights_in
     from mtl_nb.train.checkpoints import load
     if path.is_dir():
         require((path/"results.json").is_file(), f"{path} holds no finished run: it has no results.json")
-        rows = [r for r in read_record(path/"results.json")["rows"] if r["protocol"] == "standard"]
-        return _models_of_rows(path, path/"pretrain.safetensors", rows, device)
-    if load(path)[1].get("kind") == "backbone":
-        rows = [dict(method="head only", way=way, shot=k, lr=0.01, steps=100) for k in shots]
-        return _models_of_rows(path.parent, path, rows, device)
-    method, model, record = load_model(path, device)
-    return [(method.label, TaskShape(record["way"], record["shot"]), method, model)]
-
-def _models_of_rows(folder, backbone, rows, device):
-    from mtl_nb.data.episodes import TaskShape
-    from mtl_nb.methods.base import get_method, load_model, set_inner
-    from mtl_nb.models.base_learner import BaseLearner
-    from mtl_nb.train.checkpoints import load_backbone
-    net, centre, _ = load_backbone(backbone, device)
-    head, out = {r["shot"]: (r["lr"], r["steps"]) for r in rows if r["method"].startswith("head only")}, []
-    for r in rows:
-        label, way, k = r["method"], r["way"], r["shot"]
-        method = get_method("head only" if label.startswith("head only") else label)
-        if method.meta: model = load_model(folder/f"{method.file_stem(k)}.safetensors", device)[1]
-        else:
-            model = method.build(net, BaseLearner(net.num_features, way, *head[k]).to(device), centre)
-            set_inner(model, r["lr"], r["steps"])
-        out.append((label, TaskShape(way, k), method, model))
-    return out
+        return [load_weights(path, label, k, device) for label, k in weights_in(path)]
+    is_backbone = load(path)[1].get("kind") == "backbone"
+    return [load_weights(path, None, k, device, way) for k in (shots if is_backbone else [None])]
 
 def _backbone_record(path):
     "What the file of a backbone says of it, for a run folder or a weights file."
@@ -582,7 +563,7 @@ def _check_test(options):
 
 def _only_for_backbones(options, models):
     "Refuse --way and --shots for weights that have their own, if these are others."
-    ways, shots = {shape.n_way for _, shape, *_ in models}, {shape.k_shot for _, shape, *_ in models}
+    ways, shots = {o.record["way"] for o in models}, {o.record["shot"] for o in models}
     require(options.way is None or ways == {options.way},
             f"--way {options.way}: these weights are for {_shown(sorted(ways))}-way tasks")
     require(options.shots is None or shots == {*options.shots},
@@ -601,19 +582,19 @@ def _with_base_images(tta, options, data, record, digest, how):
 
 def _evaluate_models(models, bank, options, tta):
     "A row for each model, paired with the linear head."
+    from mtl_nb.data.episodes import TaskShape
     from mtl_nb.evaluation.meta_test import Protocol
     from mtl_nb.experiments.records import make_row
     rows, baselines = [], {}
-    for label, shape, method, model in models:
-        shape = replace(shape, n_query=options.query)
+    for method, model, record in models:
+        label, shape = method.label, TaskShape(record["way"], record["shot"], options.query)
         shape.check(bank, f"'{options.split}'")
         if method.eval_limit < options.tasks:
             LOG.info(f"{label}, {shape.k_shot}-shot takes long: on the first {method.eval_limit} tasks only")
         protocol = Protocol("standard", shape, options.tasks, seed=options.seed)
         result = method.evaluate(model, bank, [protocol], options.split, tta=tta)[0]
-        is_baseline = label.startswith("head only")
-        if is_baseline: baselines[shape.k_shot] = result
-        rows.append(make_row(label, result, options.seed, None if is_baseline else baselines.get(shape.k_shot)))
+        rows.append(make_row(label, result, options.seed, baselines.get(shape.k_shot)))
+        if label == "head only": baselines[shape.k_shot] = result
     return rows
 
 def mtl_test(
@@ -823,7 +804,7 @@ Meta-transfer learning: few-shot classification of images.
   mtl bench      measure the speed of each phase
 
   mtl COMMAND --help lists the options of a command; mtl --version prints the version.
-Exit codes: 0 done; 2 a mistake in the command or the data, said in one line;
+Exit codes: 0 done; 2 a mistake in the command or the data, with one line of explanation;
 75 the deadline of --minutes came first: the same command with --resume goes on; 130 stopped with Ctrl-C."""
 
 def main(

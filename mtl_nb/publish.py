@@ -75,23 +75,13 @@ _TERMS = {"glyphs": _OWN, "glyphs-far": _OWN, "miniimagenet":
           "The weights were learned from pictures of ImageNet, whose terms allow non-commercial research and "
           "education: use them for research, under those terms."}
 
-def _tta_lines(tta):
-    "What the evaluation adds to each image, an entry for each option."
-    out = []
-    if tta.support_copies: out.append(f"{tta.support_copies} augmented copies of each support image")
-    if tta.views: out.append(f"features averaged over {tta.views} augmented views")
-    if tta.rotations: out.append("features of four 90° rotations side by side")
-    if tta.max_pool: out.append("the maximum of each channel beside its mean")
-    if tta.whitening: out.append("partial within-class whitening")
-    return out
-
 def _made_lines(config, results):
     "How the weights came about, a line each."
     seconds = sum(results["seconds"].values())
     phase1 = f"{config.phase1.epochs} epochs"
     if config.objective.rounds > 1: phase1 += f", {config.objective.rounds} rounds of self-distillation"
     if config.backbone: phase1 += f", by the run whose backbone has SHA-256 {config.backbone}"
-    evaluation = ["inner rate and steps chosen on val", *(_tta_lines(config.tta) or ["no test-time augmentation"])]
+    evaluation = ["inner rate and steps chosen on val", *(config.tta.words or ["no test-time augmentation"])]
     return [
         f"- Config: `{config.preset}`, seed {config.seed}. Every field stands in `recipe.json` "
         f"(SHA-256 {results['recipe_sha256']}).",
@@ -214,6 +204,7 @@ def load_weights(
     method:str|None=None, # its label, an alias or its slug; None: MTL if it is there
     k_shot:int|None=None, # K; None: if there is only one
     device:str|torch.device="cpu", # where the model is to be
+    way:int=5, # N, for a backbone alone
 ) -> Weights: # method, model and record; raises `BadInput`
     "A model from disk, ready to be evaluated."
     path, device = Path(path), torch.device(device)
@@ -234,4 +225,4 @@ def load_weights(
         return weights
     label, inner = method or "head only", dict(lr=.01, steps=100, head_lr=.01, head_steps=100)
     require(not get_method(label).meta, f"{path} holds a backbone alone, not the weights of '{label}'")
-    return _untrained(path, label, dict(way=5, shot=k_shot or 1, **inner), device)
+    return _untrained(path, label, dict(way=way, shot=k_shot or 1, **inner), device)

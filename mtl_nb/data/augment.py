@@ -22,7 +22,7 @@ def draw_augment(
     n:int, # images
     g:torch.Generator, # a CPU generator
 ) -> Tensor: # float32 [n,7] from 0 to 1: zoom, shift right, shift down, mirror, brightness, contrast, saturation
-    "All that `augment` draws for a batch; whoever skips a batch calls it to keep the generator in step."
+    "All random numbers of `augment` for a batch; a resumed run also draws those of the batches that it skips."
     return torch.rand(n, 7, generator=g)
 
 # %% ../../nbs/82_data.augment.ipynb #98943fa8

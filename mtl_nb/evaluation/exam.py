@@ -49,11 +49,11 @@ class Exam:
     def first(self,
         tasks:int, # how many
     ) -> "Exam":
-        "The first tasks of the list: results on them pair with results on all."
+        "The first tasks of the list; a result on them can be paired with a result on all."
         return replace(self, idx=self.idx[:tasks])
 
 # %% ../../nbs/06_evaluation.exam.ipynb #0ebdc647
-@lru_cache(8) # a second for each list, and a run needs the same few again and again
+@lru_cache(8) # drawing a list takes a second, and a run needs the same few lists again
 def _draw_list(sizes, shape, seed, n): # int64 [n,N,K+Q], for classes of these sizes
     by_class = list(torch.arange(sum(sizes)).split(sizes))
     return sample_tasks(by_class, n, shape, torch.Generator().manual_seed(seed))
@@ -106,7 +106,7 @@ def support_sets(
     feats:Tensor, # [n,D] features of the split
     idx:Tensor, # int64 [T,N,K] image indices of T support sets
     extra:Tensor|None=None, # [n,D] or [c,n,D] features of mirrored or augmented images, to join them
-) -> tuple[Tensor,Tensor]: # features [T,m,D] and labels int64 [T,m], of m = N·K images, or that many times more
+) -> tuple[Tensor,Tensor]: # features [T,m,D], labels int64 [T,m]; m = N·K, with `extra` (1+c)·N·K
     "The support features of several tasks, and their labels."
     support = idx.flatten(1).to(feats.device)
     labels = torch.arange(idx.shape[1], device=feats.device).repeat_interleave(idx.shape[2])
@@ -183,7 +183,7 @@ def augmented_features(
     device:torch.device|None=None, # where the network is; None: with the bank's pixels
     team:Team=ALONE, # the processes that share the images
 ) -> Tensor: # float32 [c,n,D], whatever the batch and the team
-    "Augmented copies of every image embedded, to join the support set as `extra`."
+    "The features of augmented copies of every image, to join the support set as `extra`."
     def copy_of(c): # a batch draws the random numbers of the whole bank and takes its part of them
         def change(x, first):
             g = torch.Generator().manual_seed(10_007*seed + c)

@@ -70,7 +70,7 @@ def check_way(
     model:MTL, # of any method
     shape:TaskShape, # of the tasks
 ) -> None: # raises `BadInput`
-    "Reject tasks of another N than the model predicts."
+    "Reject tasks whose number of classes N is not the model's."
     n = getattr(model.base, "n_way", None) or len(model.base.weight)
     require(n == shape.n_way, f"the model predicts {n}-way tasks, but these are {shape.n_way}-way: "
             f"ask for --way {n}, or train a model for {shape.n_way} ways")

@@ -1,4 +1,4 @@
-"""How sure a number is, and about what: other tasks, other training runs, or other classes.
+"""How much a number would change with other tasks, other training runs, or other classes.
 
 Docs: https://mtl-nb.github.io/mtl_nb/evaluation.stats.html.md"""
 

@@ -9,12 +9,13 @@ __all__ = ['TTAConfig', 'TTA']
 
 # %% ../../nbs/23_evaluation.tta.ipynb #db0e9e30
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import require
+from ..core import BadInput, require
 from ..data.augment import AugmentConfig
 from ..data.bank import ImageBank
 from .exam import augmented_features, features
@@ -26,7 +27,7 @@ from ..train.meta_train import MTL
 # %% ../../nbs/23_evaluation.tta.ipynb #e488295b
 @dataclass(frozen=True)
 class TTAConfig:
-    "Test-time augmentation; the defaults are: none."
+    "Options of test-time augmentation; by default none is used."
     support_copies:int=0 # augmented copies of each support image, which join the support set
     views:int=0 # augmented views of every image, whose features are averaged with its own
     rotations:bool=False # every image also rotated by 90, 180 and 270 degrees, the four features side by side
@@ -40,8 +41,18 @@ class TTAConfig:
             value = getattr(self, name)
             require(type(value) is bool, f"tta.{name} must be true or false, got {value!r}")
     @property
-    def changes_features(self) -> bool: # is an image's feature more than `embed` of it once?
+    def changes_features(self) -> bool: # do the options change an image's feature?
         return bool(self.views or self.rotations or self.max_pool or self.whitening)
+    @property
+    def words(self) -> list[str]: # an entry for each option that is set
+        "What is done, for a title or a card."
+        options = {
+            f"{self.support_copies} augmented copies of each support image": self.support_copies,
+            f"{self.views} augmented views averaged": self.views,
+            "90° rotations": self.rotations,
+            "max-pooled features": self.max_pool,
+            "partial within-class whitening": self.whitening}
+        return [text for text, is_set in options.items() if is_set]
     @property
     def parts(self) -> int: # features that stand side by side
         return (4 if self.rotations else 1)*(2 if self.max_pool else 1)
@@ -97,7 +108,7 @@ class TTA:
     def check(self,
         bank:ImageBank, # the images to evaluate on
     ) -> None: # raises `BadInput`
-        "Reject images that cannot be augmented so."
+        "Reject images on which the options cannot work."
         high, wide = bank.x.shape[2:]
         require(not self.config.rotations or high == wide, "only square images can be rotated by 90 degrees, "
                 f"these are {high} by {wide} pixels: set --size, or leave out tta.rotations")
@@ -111,8 +122,8 @@ class TTA:
     ) -> Tensor|None: # raises `BadInput` when there are no images to learn from
         "What whitening multiplies features by, learned from up to 100 images of each base class."
         if not self.config.whitening: return None
-        require(self.base is not None, "whitening learns from images of base classes: "
-                "in Python TTA(TTAConfig(whitening=True), base=bank)")
+        if self.base is None: raise BadInput("whitening learns from images of base classes: "
+                                             "in Python TTA(TTAConfig(whitening=True), base=bank)")
         self.check(self.base)
         bank, device = self.base.first(100), model.base.weight.device
         f = features(self._embed(model), bank, device=device, team=team).cpu().double()
@@ -125,15 +136,17 @@ class TTA:
         white:Tensor|None=None, # from `whitening_matrix` for this very model; None: made here, if there is to be one
         # float32 [n,PD] of P `parts`, and the same of the augmented copies, [c,n,PD], if there are any
     ) -> tuple[Tensor,Tensor|None]: # raises `BadInput` for images that cannot be augmented so
-        "Every image of a bank embedded, as often as is asked for."
+        "The features of all images of a bank, with the augmentation that the options ask for."
         self.check(bank)
         if white is None: white = self.whitening_matrix(model, team)
-        place, feats, copies = dict(device=model.base.weight.device, team=team), [], []
+        place:dict[str,Any] = dict(device=model.base.weight.device, team=team)
+        augment:Any = self.augment # is given where there are copies or views
+        feats, copies = [], []
         for k in range(4 if self.config.rotations else 1):
             embed = _rotated(self._embed(model), k)
             feats.append(self._average(embed, bank, model.centre is not None, place))
             if self.config.support_copies:
-                copies.append(augmented_features(embed, bank, self.config.support_copies, self.augment, **place))
+                copies.append(augmented_features(embed, bank, self.config.support_copies, augment, **place))
         if white is not None: feats, copies = ([_whitened(f, white) for f in parts] for parts in (feats, copies))
         return _side_by_side(feats), _side_by_side(copies) if copies else None
     def widen_head(self,

@@ -291,7 +291,7 @@ CLASS_NOTES = (
     "without one class: the least and the greatest mean when one class is left out, with all its tasks",
     "over classes: an interval for other classes of the same kind, of the mean over seeds. The classes of val also "
     "chose when to stop; those of FC100 come five to a superclass, so for other superclasses they are too narrow",
-    "ahead or behind over classes: clear of zero in both intervals. Of many rows a few are so by chance",
+    "ahead or behind over classes: neither interval includes zero. Among many rows a few do so by chance",
 )
 
 def _class_line(rows, pair, place, k): # one line of `class_table`; None: nothing recorded, or identical predictions

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 import msgspec
-from fastcore.basics import patch
 
 from ..core import BadInput, did_you_mean, require
 from ..data.augment import AugmentConfig
+from ..data.bank import ImageBank
 from ..data.datasets import get_dataset
 from ..data.hard_tasks import HardTaskConfig
 from ..evaluation.tta import TTA, TTAConfig
@@ -64,6 +64,31 @@ class ExperimentConfig:
     def __post_init__(self):
         _check_tasks(self)
         _check_training(self)
+    @property
+    def fields(self) -> dict: # values as in JSON, by the names that `with_overrides` takes
+        "All that it holds, its parts taken apart."
+        return flatten(json.loads(json.dumps(asdict(self))))
+    def digest(self) -> str: # hexadecimal SHA-256
+        "The config's name, made of its content; the same in every version of this package."
+        return hashlib.sha256(json.dumps(_legacy(self), sort_keys=True).encode()).hexdigest()
+    def augmentation(self,
+        base:ImageBank|None=None, # the base classes, which whitening learns from
+    ) -> TTA:
+        "Its test-time augmentation, with what that needs."
+        return TTA(self.tta, self.phase1.augment, base)
+    @property
+    def base_preset(self) -> str: # "small"
+        "The preset it came from, without its overrides."
+        return self.preset.partition("; ")[0]
+    @property
+    def overrides(self) -> str: # such as "objective.mixup=0.2"; empty for a preset as it is
+        "What it has otherwise than its preset."
+        return self.preset.partition("; ")[2]
+    @property
+    def training(self) -> dict: # some of `fields`
+        "How phase 1 is done, and for which network: what a backbone's file tells."
+        mine = {k: v for k, v in self.fields.items() if k.partition(".")[0] in PHASE1}
+        return {k: v for k, v in mine.items() if k not in ("phase1.seed", "phase1.bn_splits")}
 
 def _is_count(x): return type(x) is int and x >= 1
 
@@ -105,7 +130,7 @@ def flatten(
     prefix:str="",
 ) -> dict: # values by dotted name, such as "phase1.augment.pad"
     "A nested dictionary as one level."
-    out = {}
+    out:dict = {}
     for k, v in tree.items():
         out |= flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else {f"{prefix}{k}": v}
     return out
@@ -114,7 +139,7 @@ def nest(
     flat:dict, # values by dotted name
 ) -> dict: # nested
     "The inverse of `flatten`; a later name may open a part that an earlier one set to None."
-    out = {}
+    out:dict = {}
     for name, value in flat.items():
         *path, last = name.split(".")
         part = out
@@ -164,34 +189,6 @@ def _modern(record):
     if is_old: flat = {_CURRENT.get(k, k): v for k, v in flat.items()}
     flat["preset"] = _renamed(flat["preset"], _CURRENT)
     return nest(flat)
-
-# %% ../../nbs/37_experiments.config.ipynb #dd36b127
-@patch(as_prop=True)
-def fields(self:ExperimentConfig) -> dict: # values as in JSON, by the names that `with_overrides` takes
-    "All that it holds, its parts taken apart."
-    return flatten(json.loads(json.dumps(asdict(self))))
-
-@patch
-def digest(self:ExperimentConfig) -> str: # hexadecimal SHA-256
-    "The config's name, made of its content; the same in every version of this package."
-    return hashlib.sha256(json.dumps(_legacy(self), sort_keys=True).encode()).hexdigest()
-
-@patch
-def augmentation(self:ExperimentConfig,
-    base=None, # the bank of base classes, which whitening learns from
-) -> TTA:
-    "Its test-time augmentation, with what that needs."
-    return TTA(self.tta, self.phase1.augment, base)
-
-@patch(as_prop=True)
-def base_preset(self:ExperimentConfig) -> str: # "small"
-    "The preset it came from, without its overrides."
-    return self.preset.partition("; ")[0]
-
-@patch(as_prop=True)
-def overrides(self:ExperimentConfig) -> str: # such as "objective.mixup=0.2"; empty for a preset as it is
-    "What it has otherwise than its preset."
-    return self.preset.partition("; ")[2]
 
 # %% ../../nbs/37_experiments.config.ipynb #278fd4e7
 FULL = (64, 128, 256, 512) # the paper's widths
@@ -282,24 +279,18 @@ def config_from_record(
         raise BadInput(f"this is not the config of a run ({e})") from None
 
 # %% ../../nbs/37_experiments.config.ipynb #549908c1
-EVALUATION = ("shots", "methods", "eval_tasks", "eval_split", "paper_protocol") # what is asked of the same training
+EVALUATION = ("shots", "methods", "eval_tasks", "eval_split", "paper_protocol") # fields that leave each training as it is
 PHASE1 = ("arch", "widths", "dropout", "phase1", "objective") # what a backbone was trained by
 FIXED = ("data", "preset", "seed", "backbone", "head_label") # set elsewhere, for all parts at once
-
-@patch(as_prop=True)
-def training(self:ExperimentConfig) -> dict: # some of `fields`
-    "How phase 1 is done, and for which network: what a backbone's file tells."
-    mine = {k: v for k, v in self.fields.items() if k.partition(".")[0] in PHASE1}
-    return {k: v for k, v in mine.items() if k not in ("phase1.seed", "phase1.bn_splits")}
 
 def differing_fields(
     a:ExperimentConfig,
     b:ExperimentConfig,
 ) -> list[str]: # dotted names
     "In what two configs differ that decides answers, seeds apart."
-    a, b = a.fields, b.fields
+    ours, theirs = a.fields, b.fields
     apart = (*EVALUATION, "seed", "phase1.seed", "phase2.seed", "backbone", "head_label")
-    return [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k) and k not in apart]
+    return [k for k in dict.fromkeys([*ours, *theirs]) if ours.get(k) != theirs.get(k) and k not in apart]
 
 def with_overrides(
     config:ExperimentConfig,

@@ -61,12 +61,7 @@ def _tta_words(recipe):
     "What test-time augmentation a recorded config asks for, to follow the name of the protocol."
     if isinstance(recipe, dict): recipe = config_from_record(recipe) if recipe else None
     if recipe is None: return ""
-    tta, words = recipe.tta, []
-    if tta.views: words.append(f"{tta.views} views")
-    if tta.rotations: words.append("90° rotations")
-    if tta.max_pool: words.append("max-pooled features")
-    if tta.whitening: words.append("partial within-class whitening")
-    return "".join(f", {o}" for o in words)
+    return "".join(f", {o}" for o in recipe.tta.words)
 
 def _cell(row): # "47.12 ±0.20  (+0.31 ±0.05)"
     if row is None: return ""

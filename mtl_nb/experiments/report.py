@@ -1,4 +1,4 @@
-"""The paper's tables and Figure 4, with what is recorded here beside them.
+"""The paper's tables and Figure 4, with the results recorded here beside them.
 
 Docs: https://mtl-nb.github.io/mtl_nb/experiments.report.html.md"""
 
@@ -210,7 +210,7 @@ def differences(
 ) -> Table: # raises `BadInput` when the exams or the configs do not go together
     "Paired differences in points, on the same tasks, with a verdict."
     notes = ("± is the 95 % interval: of one run over its tasks, of several over seeds",
-             "\"helps\" and \"hurts\" are said of test, after 3 seeds with phase 1 trained anew, and of these classes; "
+             "\"helps\" and \"hurts\" stand only for test classes, after 3 seeds with phase 1 trained anew; "
              "the classes of val chose when to stop, so there the word is \"ahead\"")
     body = _paired(runs, pairs, places(runs) if where is None else where)
     columns = ("method − baseline", "where", *(f"{k}-shot" for k in SHOTS))

@@ -1,4 +1,4 @@
-"""A config says what to do; a run folder holds everything that came of it.
+"""A config says what to do; the run folder holds everything the run has produced.
 
 Docs: https://mtl-nb.github.io/mtl_nb/experiments.run.html.md"""
 

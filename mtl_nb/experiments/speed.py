@@ -1,4 +1,4 @@
-"""Each phase beside the way it was published: the same data, the same weights, one process, and identical predictions.
+"""Each phase timed against the published way, on the same data and weights, with identical predictions.
 
 Docs: https://mtl-nb.github.io/mtl_nb/experiments.speed.html.md"""
 

@@ -109,7 +109,7 @@ def co_train(
     bank:ImageBank, # the base classes
     cfg:MetaTrainConfig,
     batch:int=64, # images in an auxiliary step
-    start:float=0.9, # probability of an auxiliary step at first; it falls to 0.9 of itself twenty times
+    start:float=0.9, # probability of an auxiliary step at first; after each twentieth of the tasks it falls by 10 %
     team:Team=ALONE, # the processes that share every batch
     **more, # further arguments of `meta_train`
 ) -> Iterator[dict]: # its records, with the auxiliary step's loss, or None; raises `BadInput`
@@ -122,7 +122,7 @@ def co_train(
     while state.done < cfg.tasks:
         drawn = torch.rand((), generator=state.g) < start*0.9**(20*state.done//cfg.tasks)
         loss = _classify(state, bank, cfg, batch, team) if drawn else None
-        head.requires_grad_(False) # a step on tasks gives this head no gradient, in a team no more than alone
+        head.requires_grad_(False) # steps on tasks do not train this head, in a team of processes either
         record = next(steps)
         head.requires_grad_(True)
         yield record | dict(auxiliary=loss)

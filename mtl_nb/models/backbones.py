@@ -41,7 +41,7 @@ def backbone_names() -> list[str]: # in the order in which they were registered
 # %% ../../nbs/25_models.backbones.ipynb #f1d3cdea
 @contextmanager
 def _evaluation_mode(net):
-    "The network in evaluation mode without gradients; afterwards each of its modules is in its mode of before."
+    "The network in evaluation mode without gradients; afterwards each of its modules is back in its own mode."
     modes = {m: m.training for m in net.modules()}
     net.eval()
     try:

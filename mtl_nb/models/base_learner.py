@@ -16,7 +16,7 @@ from ..core import BadInput, require
 
 # %% ../../nbs/05_models.base_learner.ipynb #7f587077
 def _problem(support, labels, query, weight, bias, steps, order):
-    "What does not fit, or nothing. Messages are made only when needed, and nothing here waits for a GPU."
+    "The error message for what does not fit, or an empty string. Nothing here waits for a GPU."
     s, l, q, w, b = (list(o.shape) for o in (support, labels, query, weight, bias))
     kinds = {str(o.dtype).removeprefix("torch.") for o in (support, query, weight, bias)}
     if len(w) != 2 or b != w[:1]: return f"the head must be weight [N,D] and bias [N], got {w} and {b}"
@@ -47,7 +47,7 @@ def head_path_primal(
     weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # return the logits after these many steps, ascending
+    steps:list[int], # numbers of steps after which to return the logits, ascending
     order:int=2, # 2: differentiate through the steps; 1: take θ′ - θ₀ as constant
 ) -> list[Tensor]: # [E,m,N] query logits after each of `steps`; raises `BadInput`
     "Gradient descent of a linear softmax head on each task's support set; the query logits along the way."
@@ -73,7 +73,7 @@ def head_path(
     weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # return the logits after these many steps, ascending
+    steps:list[int], # numbers of steps after which to return the logits, ascending
     order:int=2, # 2: differentiate through the steps; 1: take θ′ - θ₀ as constant
 ) -> list[Tensor]: # [E,m,N] query logits after each of `steps`; raises `BadInput`
     "`head_path_primal` in the dual form: the same numbers, cheaper while a task has fewer than 2D support pictures."
@@ -107,7 +107,7 @@ def fit_heads(
     weight:Tensor, # [N,D] θ₀, the initial head
     bias:Tensor, # [N] its bias
     lr:float, # β, on the mean loss
-    steps:list[int], # return the heads after these many steps, ascending
+    steps:list[int], # numbers of steps after which to return the heads, ascending
 ) -> tuple[Tensor,Tensor]: # weights [E,S,N,D] and biases [E,S,N], S = len(steps); raises `BadInput`
     "The adapted heads θ′ themselves: `head_path` without a gradient, for many tasks at once."
     y = _one_hot(support, labels, support, weight, bias, steps, 2)

@@ -94,8 +94,8 @@ class Team:
         dist.all_gather(parts, padded)
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
     def all_gather_object(self,
-        x:object, # what this process has to say
-    ) -> list: # what each has to say, in the order of ranks
+        x:object, # this process's object
+    ) -> list: # the objects of all processes, in the order of ranks
         "Exchange small objects; no process goes on before all have sent theirs."
         gathered = [x]*self.size
         if self.size > 1: dist.all_gather_object(gathered, x)
@@ -153,12 +153,12 @@ def join(
 
 # %% ../../nbs/26_train.distributed.ipynb #56969b3d
 def leave() -> None:
-    "End what `join` began, if it began something."
+    "Leave the team that `join` made, if it made one."
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/26_train.distributed.ipynb #d483af11
 class DeadlineReached(Exception):
-    "The time is over. This is no error: the state is saved, and the same command goes on from there."
+    "The deadline has passed. This is no error: the state is saved, and the same command goes on from there."
 
 @dataclass(frozen=True)
 class Runtime:

@@ -53,7 +53,7 @@ class MTL(nn.Module):
         shape:TaskShape, # N, K and Q
     ) -> Tensor: # [E,N*Q,N] query logits of the adapted heads
         "Adapt a head to each task's support images, and classify its query images."
-        # Labels are sent first: then a GPU need not be waited for.
+        # Labels are sent first, so that the program need not wait for the GPU.
         labels = send(shape.labels(shape.k_shot), images.device).expand(len(images), -1)
         x = images.flatten(0, 2).contiguous(memory_format=torch.channels_last)
         with autocast(x.device): f = self.embed(x)

@@ -39,7 +39,7 @@ class PretrainConfig:
     halve:int=5000 # steps, with `adam`
     augment:AugmentConfig|None=AugmentConfig(4, True, 0.3) # of the training images
     seed:int=0 # of shuffling, augmentation, dropout and the base head
-    bn_splits:int=1 # parts of a batch that batch norm sees apart; with several processes, one each at least
+    bn_splits:int=1 # parts of a batch that batch norm treats separately; a multiple of the number of processes
     def __post_init__(self):
         require(self.epochs >= 1, f"phase1: epochs must be at least 1, got {self.epochs}")
         require(self.batch >= 2, f"phase1: batch must be at least 2, got {self.batch}")
