@@ -186,9 +186,10 @@ def _convert(record, kind, path):
     try: return msgspec.convert(record, kind, str_keys=True)
     except msgspec.ValidationError as e: raise BadInput(f"{path} is damaged: {e}") from None
 
-def _recorded_preprocessing(path, record):
-    "What weights were trained with: their record or the config beside them says it; or None."
-    if record.preprocessing: return record.preprocessing
+def _recorded_preprocessing(path, record, net):
+    "What weights were trained with: network, record or the config beside them say it; or None."
+    found = getattr(net, "preprocessing", None) or record.preprocessing
+    if found: return found
     config, size = (path if path.is_dir() else path.parent)/"recipe.json", record.size
     if not size and config.is_file():
         recipe = read_json(config).get("recipe", {})
@@ -219,7 +220,7 @@ def load_extractor(
     require(isinstance(weights.model.base, BaseLearner),
             f"{path} holds '{weights.method.label}', which has no head that adapts by gradient steps")
     record = _convert(weights.record, WeightsRecord, path)
-    preprocessing = preprocessing or _recorded_preprocessing(path, record)
+    preprocessing = preprocessing or _recorded_preprocessing(path, record, weights.model.backbone)
     if not preprocessing: raise BadInput(f"{path} does not say for which pictures it was trained: give their size, "
                                          "preprocessing=Preprocessing(size) or --size")
     if record.inner: weights.model.base.lr, weights.model.base.steps = record.inner

@@ -34,14 +34,7 @@ from .bank import MEAN, STD, ImageBank, check_disjoint, pixel_hash
 # %% ../../nbs/21_data.folders.ipynb #563fcd3b
 MAX_PIXELS = 89_000_000
 
-def to_rgb(
-    im:Image.Image, # of any mode
-) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if it is no good image
-    "The pixels of a Pillow image: upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
-    if im.width*im.height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS//10**6} million"
-        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {limit}: shrink it")
-    im = ImageOps.exif_transpose(im)
+def _to_rgb(im):
     if im.mode == "F": raise ValueError("its pixels are floating-point numbers: save it with 8 bits a channel")
     if im.mode.startswith("I"):
         grey = np.asarray(im)
@@ -51,6 +44,15 @@ def to_rgb(
     if im.has_transparency_data:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return np.array(im.convert("RGB"))
+
+def to_rgb(
+    im:Image.Image, # of any mode
+) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if it is no good image
+    "The pixels of a Pillow image: upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
+    if im.width*im.height > MAX_PIXELS:
+        limit = f"{MAX_PIXELS//10**6} million"
+        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {limit}: shrink it")
+    return _to_rgb(ImageOps.exif_transpose(im))
 
 def read_image(
     path, # an image file of any format that Pillow reads

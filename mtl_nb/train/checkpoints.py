@@ -134,7 +134,7 @@ def unpack(
     if "tuple" in tree: return tuple(unpack(v, tensors) for v in tree["tuple"])
     return tree["value"]
 
-# %% ../../nbs/24_train.checkpoints.ipynb #8c74a0ec
+# %% ../../nbs/24_train.checkpoints.ipynb #c0de2401
 def _shapes(tensors): return {k: v.shape for k, v in tensors.items()}
 
 def _misfit(net, tensors):
@@ -148,6 +148,7 @@ def _misfit(net, tensors):
         if v.shape != own[k]: return f"'{k}' has the shape {list(v.shape)}, and {list(own[k])} is needed"
     return ""
 
+# %% ../../nbs/24_train.checkpoints.ipynb #8c74a0ec
 def load_backbone(
     path:Path, # a `pretrain.safetensors`
     device:torch.device=torch.device("cpu"), # where it is wanted
