@@ -768,6 +768,10 @@ def _write_csv(answers, file):
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
 
+def _write_sheet(sheet, file):
+    try: sheet.save(file)
+    except (ValueError, OSError) as e: raise BadInput(f"--sheet: cannot write {file}: {e}") from None
+
 def mtl_recognize(
     argv:Sequence[str], # the options
 ) -> None:
@@ -784,7 +788,7 @@ def mtl_recognize(
     answers = recognizer.answers(files, options.top, options.unknown, skipped)
     _say_skipped(skipped)
     if options.csv: _write_csv(answers, options.csv)
-    if options.sheet: answer_sheet(answers).save(options.sheet)
+    if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
     if options.sort: sort_pictures(answers, options.sort)
     if not options.json: return print("\n".join(map(_answer_line, answers)))
     print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
