@@ -192,5 +192,6 @@ def read_results(
     "All recorded runs of a folder. Other records that lie there (speed, single traces, the recogniser) are left out."
     folder = Path(folder)
     require(folder.is_dir(), f"no such folder of results: {folder}")
-    files = [f for f in sorted(folder.glob("*.json")) if read_json(f).get("kind") not in ("speed", "trace", "recognize")]
+    others = "speed", "trace", "recognize"
+    files = [f for f in sorted(folder.glob("*.json")) if read_json(f).get("kind") not in others]
     return [read_record(f) for f in files]
