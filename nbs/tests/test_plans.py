@@ -1,5 +1,6 @@
 "The plans of `data/plans`: each line is a command that can be run, in an order in which each finds what it needs."
 import json
+import re
 import shlex
 import subprocess
 from dataclasses import asdict
@@ -19,7 +20,7 @@ def commands(plan):
     lines = [o for o in plan.read_text(encoding="utf-8").splitlines() if o.startswith("mtl ")]
     for line in lines:
         assert line.endswith(' --resume --minutes "${MINUTES:-60}" "$@"'), line
-        name, verb, *options = shlex.split(line.replace("${MINUTES:-60}", "60").removesuffix(' "$@"'))
+        name, verb, *options = shlex.split(re.sub(r"\$\{[A-Z]+:-([^}]+)\}", r"\1", line.removesuffix(' "$@"')))
         assert (name, verb) == ("mtl", "run"), line
         yield options
 
@@ -33,7 +34,7 @@ def leave_record(folder, config):
 
 
 def test_all_plans_are_here():
-    assert [o.stem for o in PLANS] == ["fc100-paper", "fc100-strong", "toy"]
+    assert [o.stem for o in PLANS] == ["fc100-paper", "fc100-strong", "miniimagenet-phase2", "toy"]
     assert not [*(root/"data/plans").glob("*.json")]
 
 
@@ -49,6 +50,8 @@ def test_plan_is_a_shell_script(plan):
 @pytest.mark.parametrize("plan", PLANS, ids=[o.stem for o in PLANS])
 def test_every_command_parses(plan, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path/"data").mkdir()
+    (tmp_path/"data/weights").symlink_to(root/"data/weights", target_is_directory=True)
     for argv in commands(plan):
         options, config, _ = read_run_options(argv)
         check_tta(config.tta, config.methods)
