@@ -371,7 +371,7 @@ class Recognizer:
         names = np.array([o for i, o in enumerate(labels) if i not in bad])
         lost = {*labels} - {*names.tolist()}
         require(not lost, f"no picture of '{min(lost, default='')}' can be read")
-        return self.fit_features({str(o): features[torch.from_numpy(names == o)] for o in np.unique(names)})
+        return self.fit_features({o: features[torch.from_numpy(names == o)] for o in {*labels}})
     def add(self,
         name:str, # of a new class, or of one that is there
         images, # its pictures, as for `list_pictures`
