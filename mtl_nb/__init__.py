@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .models.scale_shift import merge as merge
     from .models.scale_shift import scale_shift as scale_shift
     from .publish import load_weights as load_weights
+    from .recognize import Recognizer as Recognizer
     from .train.meta_train import MTL as MTL
     from .train.meta_train import meta_train as meta_train
     from .train.pretrain import pretrain as pretrain
@@ -28,6 +29,7 @@ _HOME = {
     "HardTaskSampler": "data.hard_tasks",
     "ImageBank": "data.bank",
     "MTL": "train.meta_train",
+    "Recognizer": "recognize",
     "ResNet12": "models.resnet12",
     "TaskSampler": "data.episodes",
     "TaskShape": "data.episodes",

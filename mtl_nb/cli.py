@@ -9,10 +9,12 @@ __all__ = ['LOG', 'STOPPED', 'DEADLINE', 'BAD_INPUT', 'COMMANDS', 'OVERVIEW', 'r
            'ComputeOptions', 'OutputOptions', 'RunOptions', 'read_value', 'make_parser', 'add_options', 'parse',
            'config_fields', 'add_config_options', 'read_changes', 'import_plugins', 'registry_words', 'find_device',
            'run_parser', 'read_run_options', 'mtl_run', 'TestOptions', 'load_models', 'mtl_test', 'ResultsOptions',
-           'mtl_results', 'BenchOptions', 'mtl_bench', 'main']
+           'mtl_results', 'BenchOptions', 'mtl_bench', 'LearnOptions', 'mtl_learn', 'RecognizeOptions', 'mtl_recognize',
+           'main']
 
 # %% ../nbs/22_cli.ipynb #78f001c5
 import argparse
+import csv
 import importlib.util
 import json
 import logging
@@ -24,8 +26,9 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
@@ -200,17 +203,22 @@ def _comments(cls):
 
 def add_options(
     parser:argparse.ArgumentParser,
-    cls:type, # a dataclass: each field becomes an option, its comment the help
+    # a dataclass: each field becomes an option, its comment the help; one without a default is given by its place
+    cls:type,
     words:dict|None=None, # what stands for {names} in comments
     defaults:dict|None=None, # to show in place of those of the class
 ) -> None:
     "The fields of a dataclass as options of a command."
     group, comments, shown = parser.add_argument_group(cls.__doc__), _comments(cls), defaults or {}
     for f in fields(cls):
-        flags = [_flag(f.name)] if f.name not in ("quiet", "verbose") else [f"-{f.name[0]}", _flag(f.name)]
+        flags = [f"-{f.name[0]}"] if f.name in ("quiet", "verbose", "out") else []
+        flags.append(_flag(f.name))
         text = (comments.get(f.name) or "").replace("%", "%%").format(**words or {})
         default = shown.get(f.name, f.default)
-        if f.type is bool: group.add_argument(*flags, dest=f.name, action="store_true", help=text)
+        if default is MISSING:
+            group.add_argument(f.name, metavar=f.name.upper(), help=text)
+            parser.usage = str(parser.usage).replace(" [options]", f" {f.name.upper()} [options]")
+        elif f.type is bool: group.add_argument(*flags, dest=f.name, action="store_true", help=text)
         else:
             if default is not None: text += f" (default: {_shown(default)})"
             group.add_argument(*flags, dest=f.name, metavar=_describe(f.type)[0], help=text)
@@ -709,16 +717,120 @@ def mtl_bench(
     if options.json: print(json.dumps(record, indent=1))
     LOG.info(f"The record is {file}")
 
+# %% ../nbs/22_cli.ipynb #c0de2201
+@dataclass
+class LearnOptions:
+    "what is learned"
+    folder:str # holds a folder of pictures for each class: FOLDER/CLASS/*
+    out:str|None=None # the file to write; if not given: the name of the folder, with .safetensors
+    # the network that sees: a run folder, a weights file, torchvision/NAME, timm/NAME, or a name of weights that ship
+    weights:str="glyphs"
+    shots:int|None=None # of a run's weights, those meta-trained for so many pictures a class; if not given: the most
+    size:int|None=None # pixels a side, for weights that do not say it
+    skip_bad:bool=False # go on without pictures that cannot be read, and list them
+    force:bool=False # overwrite the file
+
+def _check_free(force, **files):
+    "Refuse to overwrite."
+    for option, file in files.items():
+        if file is None: continue
+        require(not Path(file).is_dir(), f"{_flag(option)} must name a file, {file} is a folder")
+        require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it")
+        require(Path(file).absolute().parent.is_dir(), f"{_flag(option)}: cannot write {file}: there is no such folder")
+
+def _say_skipped(skipped):
+    for message in skipped.values(): LOG.warning(f"  left out: {message.partition(': replace or delete')[0]}")
+
+def mtl_learn(
+    argv:Sequence[str], # the options
+) -> None:
+    "The command `mtl learn`."
+    classes = LearnOptions, ComputeOptions, OutputOptions
+    options = _parse_simple("learn", "Learn to recognise classes from a few pictures of each.", classes, argv)
+    file = options.out or f"{Path(options.folder).resolve().name}.safetensors"
+    _check_free(options.force, out=file)
+    require(options.size is None or 1 <= options.size <= 2048, f"--size must be from 1 to 2048, got {options.size}")
+    from mtl_nb.data.folders import Preprocessing, class_files
+    from mtl_nb.recognize import Recognizer
+    skipped:dict[int,str]|None = {} if options.skip_bad else None
+    with redirect_stdout(sys.stderr):
+        class_files(options.folder) # what is wrong with the folder is said before the weights are loaded
+        preprocessing = Preprocessing(options.size) if options.size else None
+        device = find_device(options.device)
+        recognizer = Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
+        recognizer.fit(options.folder, skipped=skipped)
+    _say_skipped(skipped or {})
+    recognizer.save(file)
+    estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
+    if not options.json: return print(f"{file}: {recognizer.summary}")
+    print(json.dumps(dict(file=file, classes=counts, estimate=estimate and estimate._asdict()), ensure_ascii=False))
+
+# %% ../nbs/22_cli.ipynb #c0de2202
+@dataclass
+class RecognizeOptions:
+    "what is recognised"
+    file:str # written by mtl learn
+    pictures:str # a picture, or a folder that holds pictures or folders with pictures
+    top:int=1 # classes to name for each picture
+    unknown:bool=False # a picture that resembles none that was learned is called unknown
+    csv:str|None=None # write the answers to this file, too
+    sheet:str|None=None # draw the pictures with their answers into this file, such as sheet.png
+    sort:str|None=None # copy each picture into this folder, into a folder of its class; nothing is overwritten
+    weights:str|None=None # where the weights are that it was learned with; if not given: where they were
+    force:bool=False # overwrite the files of --csv and --sheet
+
+def _answer_line(answer):
+    "A picture, its class, and how probable each of the top classes is."
+    ranked = ", ".join(f"{name} {100*p:.0f} %" for name, p in answer.probabilities.items())
+    return f"{answer.picture}: {answer.name} ({ranked})"
+
+def _write_csv(answers, file):
+    "A line a picture."
+    ranks = range(1, 1 + len(answers[0].probabilities))
+    heads = ["picture", "answer", *(o for i in ranks for o in (f"class {i}", f"probability {i}"))]
+    rows = [[o.picture, o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))] for o in answers]
+    text = StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heads, *rows])
+    atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
+
+def _write_sheet(sheet, file):
+    try: sheet.save(file)
+    except (ValueError, OSError) as e: raise BadInput(f"--sheet: cannot write {file}: {e}") from None
+
+def mtl_recognize(
+    argv:Sequence[str], # the options
+) -> None:
+    "The command `mtl recognize`."
+    classes = RecognizeOptions, ComputeOptions, OutputOptions
+    options = _parse_simple("recognize", "Say which of the learned classes pictures show.", classes, argv)
+    require(options.top >= 1, f"--top must be at least 1, got {options.top}")
+    _check_free(options.force, csv=options.csv, sheet=options.sheet)
+    from mtl_nb.data.folders import picture_files
+    from mtl_nb.recognize import Recognizer, answer_sheet, sort_pictures
+    recognizer = Recognizer.load(options.file, options.weights, find_device(options.device))
+    skipped:dict[int,str] = {}
+    with redirect_stdout(sys.stderr): files = picture_files(options.pictures)
+    answers = recognizer.answers(files, options.top, options.unknown, skipped)
+    _say_skipped(skipped)
+    if options.csv: _write_csv(answers, options.csv)
+    if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
+    if options.sort: sort_pictures(answers, options.sort)
+    if not options.json: return print("\n".join(map(_answer_line, answers)))
+    print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
+
 # %% ../nbs/22_cli.ipynb #e7d65e5d
-COMMANDS = dict(run=mtl_run, test=mtl_test, results=mtl_results, bench=mtl_bench)
+COMMANDS = dict(learn=mtl_learn, recognize=mtl_recognize, run=mtl_run, test=mtl_test, results=mtl_results,
+                bench=mtl_bench)
 OVERVIEW = """usage: mtl COMMAND [options]
 
 Meta-transfer learning: few-shot classification of images.
 
-  mtl run      pre-train, meta-train, and evaluate on classes never seen
-  mtl test     evaluate saved weights on classes they have never seen
-  mtl results  make the tables and figures from recorded runs
-  mtl bench    measure the speed of each phase
+  mtl learn      learn to recognise classes from a few pictures of each
+  mtl recognize  say which of the learned classes pictures show
+  mtl run        pre-train, meta-train, and evaluate on classes never seen
+  mtl test       evaluate saved weights on classes they have never seen
+  mtl results    make the tables and figures from recorded runs
+  mtl bench      measure the speed of each phase
 
   mtl COMMAND --help lists the options of a command; mtl --version prints the version.
 Exit codes: 0 done; 2 a mistake in the command or the data, with one line of explanation;

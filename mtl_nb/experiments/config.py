@@ -280,7 +280,7 @@ def config_from_record(
         raise BadInput(f"this is not the config of a run ({e})") from None
 
 # %% ../../nbs/37_experiments.config.ipynb #549908c1
-EVALUATION = ("shots", "methods", "eval_tasks", "eval_split", "paper_protocol") # fields that leave each training as it is
+EVALUATION = ("shots", "methods", "eval_tasks", "eval_split", "paper_protocol") # these leave each training as it is
 PHASE1 = ("arch", "widths", "dropout", "phase1", "objective") # what a backbone was trained by
 FIXED = ("data", "preset", "seed", "backbone", "head_label") # set elsewhere, for all parts at once
 

@@ -136,6 +136,20 @@ def unpack(
     if "tuple" in tree: return tuple(unpack(v, tensors) for v in tree["tuple"])
     return tree["value"]
 
+# %% ../../nbs/24_train.checkpoints.ipynb #c0de2401
+def _shapes(tensors): return {k: v.shape for k, v in tensors.items()}
+
+def _misfit(net, tensors):
+    "What keeps tensors from going into a network, or nothing."
+    own = _shapes(net.state_dict())
+    if tensors and all(k.startswith("module.") for k in tensors):
+        return "its names begin with 'module.': save the `.module` of the parallel network"
+    for k in sorted(own.keys() - tensors.keys()): return f"it lacks '{k}'"
+    for k in sorted(tensors.keys() - own.keys()): return f"'{k}' has no place in it"
+    for k, v in tensors.items():
+        if v.shape != own[k]: return f"'{k}' has the shape {list(v.shape)}, and {list(own[k])} is needed"
+    return ""
+
 # %% ../../nbs/24_train.checkpoints.ipynb #8c74a0ec
 def recorded_preprocessing(
     record:dict, # of a backbone's file
@@ -169,6 +183,7 @@ def load_backbone(
         expects = recorded_preprocessing(record)
         net:Any = build_backbone(record.get("arch", "resnet12"), pretrained=False, widths=tuple(record["widths"]),
                                  dropout=dropout, size=expects.size if expects else 0)
+        require(not (why := _misfit(net, tensors)), f"it does not hold the network that its record describes: {why}")
         net.load_state_dict(tensors)
         if isinstance(net, Pretrained): _restore(net, expects, record)
         else: net.preprocessing = expects
@@ -198,8 +213,6 @@ def backbone_path(
     return theta
 
 # %% ../../nbs/24_train.checkpoints.ipynb #fc5ffd19
-def _shapes(tensors): return {k: v.shape for k, v in tensors.items()}
-
 @dataclass
 class TrainState:
     "All that a training loop changes: what a checkpoint must hold."

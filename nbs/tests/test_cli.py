@@ -99,7 +99,7 @@ def test_options(pictures, capsys, options, words): refused(capsys, words, f"run
 def test_no_such_folder(capsys): refused(capsys, "no data set and no folder", "run --out out", data="nothing-here")
 
 
-def test_unknown_command(capsys): refused(capsys, "no command 'rnu' (did you mean run?)", "rnu")
+def test_unknown_command(capsys): refused(capsys, "no command 'rnu' (did you mean run", "rnu")
 
 
 def broken(pictures, tmp_path):
