@@ -139,6 +139,8 @@ def site():
     if err := sphinx(["-W", "--keep-going", "-q", "-c", str(here), "-d", str(work/"doctrees"), str(work/"src"), str(work/"html")]): sys.exit(err)
     shutil.move(work/"html", out)
     for p in [nbs/"index.ipynb", *paths]: (out/f"{page(p)}.html.md").write_text(markdown(notebook(p)), encoding="utf-8")
+    from panel import add_panel
+    add_panel(out)
     print(f"the site is in {out}/index.html")
 
 def lib(): return tomllib.loads((root/"pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]

@@ -18,7 +18,7 @@ def test_wheel(copy):
     ours = {o.relative_to(root).as_posix() for o in (root/"mtl_nb").rglob("*") if o.suffix in (".py", ".typed")}
     assert {o for o in names if ".dist-info/" not in o} == ours
     meta = message_from_string(wheel.read(next(o for o in names if o.endswith("METADATA"))).decode())
-    assert meta["Name"] == "mtl_nb" and meta["Requires-Python"] == ">=3.11" and set(meta.get_all("Provides-Extra")) == {"nb", "dev", "docs"}
+    assert meta["Name"] == "mtl_nb" and meta["Requires-Python"] == ">=3.11" and set(meta.get_all("Provides-Extra")) == {"nb", "onnx", "dev", "docs"}
     assert any(o.startswith("torch>=") for o in meta.get_all("Requires-Dist"))
     assert meta.get_payload().lstrip().startswith("<!-- made from nbs/index.ipynb")
     assert any(o.endswith("LICENSE") for o in names)
