@@ -2,6 +2,7 @@
 
 Its runtime, 14 MB, goes from npm's registry into the built site and a cache in `build/`; nothing of it is committed."""
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -16,7 +17,11 @@ root = here.parents[1]
 VERSION = "1.30.0" # of onnxruntime-web
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 RUNTIME = "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
-NETWORKS = {"glyphs": "glyphs-small.safetensors", "photos": "photos*.safetensors"} # files in data/weights, if they are there
+NETWORKS = { # by name: a file in data/weights, if it is there; what its button says, and for what it is good
+    "glyphs": ("glyphs-small.safetensors", "Your own drawings",
+        "This network has learned from drawn glyphs of 32 × 32 pixels. It suits signs and simple drawings, not photographs."),
+    "photos": ("photos*.safetensors", "Your own photographs",
+        "This network has learned from photographs of 32 × 32 pixels, and sees no more of yours. Large networks do better.")}
 MARK = re.compile(r'<div id="recognise">.*?</div>', re.S)
 
 def add_runtime(folder):
@@ -49,16 +54,18 @@ def add_networks(folder):
     from mtl_nb.data.folders import Preprocessing
     from mtl_nb.onnx import export_onnx
     from mtl_nb.publish import load_weights
+    logging.disable(logging.INFO) # the exporter reports each step
     found = []
-    for name, pattern in NETWORKS.items():
+    for name, (pattern, title, hint) in NETWORKS.items():
         for path in sorted((root/"data/weights").glob(pattern))[:1]:
             weights = load_weights(path)
             export_onnx(weights.model, folder/f"{name}.onnx", Preprocessing(weights.record.get("size") or 32))
-            found.append(dict(name=name))
-    if found and found[0]["name"] == "glyphs":
+            found.append(dict(name=name, title=title, hint=hint))
+    if found and found[0]["name"] == "glyphs": # with a task to try
         names, images = glyph_task()
         save_sprite(images, folder/"glyphs.png")
         found[0] |= dict(sprite="glyphs.png", names=names)
+    logging.disable(logging.NOTSET)
     return found
 
 def add_panel(out):

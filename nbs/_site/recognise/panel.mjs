@@ -73,8 +73,8 @@ function planes(canvas) {
 }
 
 async function picture(canvas, label, truth = null) {
-  canvas.role = "img";
-  canvas.ariaLabel = label;
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", label);
   return { canvas, label, truth, feature: await network.embed(canvas) };
 }
 
@@ -131,8 +131,13 @@ function addClass(name = `class ${classes.length + 1}`) {
 
 function showPictures({ card, name, pictures }) {
   card.querySelector(".pictures").replaceChildren(...pictures.map((one, i) => {
-    const remove = element("button", { type: "button", textContent: "×", ariaLabel: `Remove ${one.label} from ${name}` });
-    remove.onclick = () => { pictures.splice(i, 1); update(); };
+    const remove = element("button", { type: "button", textContent: "×" });
+    remove.setAttribute("aria-label", `Remove ${one.label} from ${name}`);
+    remove.onclick = () => {
+      pictures.splice(i, 1);
+      card.querySelector("input[type=file]").focus();
+      update();
+    };
     return element("div", { className: "picture" }, one.canvas, remove);
   }));
 }
@@ -196,13 +201,14 @@ function start(chosen, prepared) {
     find(".classes").replaceChildren();
     if (prepared) await fillFromSprite(chosen);
     else for (let i = 0; i < 2; i++) addClass();
+    find(".network").textContent = chosen.hint;
     find(".work").hidden = false;
     update();
   });
 }
 
 function startButton(chosen, prepared) {
-  const title = prepared ? `Try it with ${chosen.name}` : `Your own pictures, on the network for ${chosen.name}`;
+  const title = prepared ? `Try it with ${chosen.name}` : chosen.title;
   const button = element("button", { type: "button", textContent: `${title} (loads ${chosen.megabytes} MB)`, disabled: !runtime });
   button.dataset.start = `${chosen.name}${prepared ? "-prepared" : ""}`;
   button.onclick = () => start(chosen, prepared);
