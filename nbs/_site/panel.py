@@ -1,4 +1,4 @@
-"""The panel that recognises: `add_panel(out)` puts it on every page of the built site that holds `<div id="recognise">`.
+"""The panel that recognises: `add_panel` puts it on each page of the built site that holds `<div id="recognise">`.
 
 Its runtime, 14 MB, goes from npm's registry into the built site and a cache in `build/`; nothing of it is committed."""
 import json
@@ -19,9 +19,11 @@ SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 RUNTIME = "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
 NETWORKS = { # by name: a file in data/weights, if it is there; what its button says, and for what it is good
     "glyphs": ("glyphs-small.safetensors", "Your own drawings",
-        "This network has learned from drawn glyphs of 32 × 32 pixels. It suits signs and simple drawings, not photographs."),
+        "This network has learned from drawn glyphs of 32 × 32 pixels. "
+        "It suits signs and simple drawings, not photographs."),
     "photos": ("photos*.safetensors", "Your own photographs",
-        "This network has learned from photographs of 32 × 32 pixels, and sees no more of yours. Large networks do better.")}
+        "This network has learned from photographs of 32 × 32 pixels, and sees no more of yours. "
+        "Large networks do better.")}
 MARK = re.compile(r'<div id="recognise">.*?</div>', re.S)
 
 def add_runtime(folder):
@@ -33,7 +35,8 @@ def add_runtime(folder):
         pack = ["npm", "pack", f"onnxruntime-web@{VERSION}", "--silent", "--pack-destination", str(archive.parent)]
         try: subprocess.run(pack, check=True, capture_output=True, timeout=300)
         except (OSError, subprocess.SubprocessError): return False
-    if sha256(archive) != SHA256: raise SystemExit(f"{archive} is damaged, or not what it should be: remove it and build again")
+    if sha256(archive) != SHA256:
+        raise SystemExit(f"{archive} is damaged, or not what it should be: remove it and build again")
     with tarfile.open(archive) as tar:
         for name in RUNTIME: (folder/name).write_bytes(tar.extractfile(f"package/dist/{name}").read())
     return True

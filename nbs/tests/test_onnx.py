@@ -124,7 +124,8 @@ def in_javascript(support, labels, query, classes, lr, steps):
 
 
 def unit(*shape, seed): # features of length 4
-    return 4*F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+    g = torch.Generator().manual_seed(seed)
+    return 4*F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1)
 
 
 @pytest.mark.parametrize("classes, shots", [(2, 1), (5, 1), (5, 5), (20, 3)])

@@ -49,20 +49,17 @@ function cut(image, x, y, side, size) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white"; // behind transparent parts
   context.fillRect(0, 0, size, size);
-  context.imageSmoothingQuality = "high";
   context.drawImage(image, x, y, side, side, 0, 0, size, size);
   return canvas;
 }
 
-// The centre of a picture at the size of the network; halved step by step, so that no pixel is passed over.
-function square(image, { size, crop }) {
-  let side = Math.min(image.width, image.height) * crop;
-  let [x, y] = [(image.width - side) / 2, (image.height - side) / 2];
-  while (side > 2 * size) {
-    image = cut(image, x, y, side, Math.ceil(side / 2));
-    [x, y, side] = [0, 0, image.width];
-  }
-  return cut(image, x, y, side, size);
+// The centre of a picture, at the size of the network.
+async function square(image, { size, crop }) {
+  const side = Math.round(Math.min(image.width, image.height) * crop);
+  const [x, y] = [image.width, image.height].map(length => Math.round((length - side) / 2));
+  const small = await createImageBitmap(image, x, y, side, side,
+    { resizeWidth: size, resizeHeight: size, resizeQuality: "high" });
+  return cut(small, 0, 0, small.width, size);
 }
 
 // All reds, then all greens, then all blues, from 0 to 255.
@@ -90,7 +87,7 @@ function addFiles(files, pictures) {
     const bad = [];
     for (const one of files) {
       const image = await createImageBitmap(one).catch(() => null);
-      if (image) pictures.push(await picture(square(image, network), one.name));
+      if (image) pictures.push(await picture(await square(image, network), one.name));
       else bad.push(one.name);
     }
     update(bad.length ? `Not a picture that this browser can read: ${bad.join(", ")}.` : "");
@@ -143,8 +140,8 @@ function showPictures({ card, name, pictures }) {
 }
 
 function bar(name, share) {
-  const percent = `${Math.round(100 * share)} %`;
-  const row = element("li", {}, element("span", { textContent: name, title: name }), element("span", { textContent: percent }));
+  const percent = element("span", { textContent: `${Math.round(100 * share)} %` });
+  const row = element("li", {}, element("span", { textContent: name, title: name }), percent);
   row.style.setProperty("--share", `${100 * share}%`);
   return row;
 }
@@ -156,8 +153,10 @@ function answer(query, shares, shown) {
   if (!shown.length) return item;
   item.dataset.answer = shown[order[0]].name;
   item.dataset.shares = JSON.stringify(shares);
+  if (!query.truth) return item;
   query.right = query.truth === shown[order[0]];
-  if (query.truth) bars.append(element("li", { className: "verdict", textContent: query.right ? "right" : `it is ${query.truth.name}` }));
+  const verdict = query.right ? "right" : `it is ${query.truth.name}`;
+  bars.append(element("li", { className: "verdict", textContent: verdict }));
   return item;
 }
 
@@ -178,7 +177,7 @@ function update(problem = "") {
   say(`${problem} ${text}`.trim());
 }
 
-// The start: a prepared task from a sprite, whose rows are classes and whose first column is shown; or two empty classes
+// The start: two empty classes, or a prepared task from a sprite. Its rows are classes, its first column is shown.
 
 async function fillFromSprite({ sprite, names }) {
   const image = await createImageBitmap(await (await get(sprite)).blob());
@@ -209,7 +208,8 @@ function start(chosen, prepared) {
 
 function startButton(chosen, prepared) {
   const title = prepared ? `Try it with ${chosen.name}` : chosen.title;
-  const button = element("button", { type: "button", textContent: `${title} (loads ${chosen.megabytes} MB)`, disabled: !runtime });
+  const textContent = `${title} (loads ${chosen.megabytes} MB)`;
+  const button = element("button", { type: "button", textContent, disabled: !runtime });
   button.dataset.start = `${chosen.name}${prepared ? "-prepared" : ""}`;
   button.onclick = () => start(chosen, prepared);
   return button;
@@ -222,4 +222,6 @@ for (const one of networks) {
 find(".add").onclick = () => addClass().card.querySelector("input").select();
 find(".clear").onclick = () => { queries = []; find(".queries input").focus(); update(); };
 zone(find(".queries"), () => queries);
-say(runtime ? "Nothing is loaded yet." : "This build of the site has no runtime: it was made on a machine without npm.", runtime ? "start" : "off");
+if (!runtime) say("This build of the site has no runtime: it was made on a machine without npm.", "off");
+else if (!networks.length) say("This build of the site has no network.", "off");
+else say("Nothing is loaded yet.", "start");
