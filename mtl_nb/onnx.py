@@ -25,6 +25,9 @@ from .train.meta_train import MTL
 # %% ../nbs/29_onnx.ipynb #e6349d3d
 class PixelsToFeatures(nn.Module):
     "A network with everything before and after it: f = 4·v/‖v‖, where v is Θ((x/255 - mean)/std) - centre."
+    mean:Tensor
+    std:Tensor
+    centre:Tensor|None
     def __init__(self,
         model:MTL, # stays as it is
         preprocessing:Preprocessing, # its mean and std
