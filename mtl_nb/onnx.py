@@ -53,8 +53,9 @@ def _to_onnx(module, size):
     try: program = torch.onnx.export(module, (torch.zeros(2, 3, size, size),), **how)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as e:
         raise BadInput(f"this network cannot be exported to ONNX: {str(e).strip().splitlines()[0]}") from None
-    for node in program.model.graph.all_nodes(): node.metadata_props.clear() # source files and lines
-    return program.model_proto.SerializeToString(deterministic=True)
+    proto = program.model_proto
+    for node in proto.graph.node: node.ClearField("metadata_props") # source files and lines
+    return proto.SerializeToString(deterministic=True)
 
 def export_onnx(
     model:MTL, # with a linear head, such as `load_weights` returns it
