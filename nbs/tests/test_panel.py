@@ -128,6 +128,17 @@ def test_classes_are_added_renamed_and_removed(page, tmp_path):
     assert page.run(STATUS) == "3 classes learned. Now choose new pictures."
 
 
+def test_a_file_that_does_not_load(page):
+    "The panel says so, and the next click tries again."
+    page.call("Network.setBlockedURLs", urls=["*glyphs.onnx"])
+    click(page, "[data-start=glyphs]")
+    page.wait(f"{STATE} == 'failed'")
+    assert page.run(STATUS).startswith("That did not work")
+    page.call("Network.setBlockedURLs", urls=[])
+    page.events.clear()
+    start(page, "glyphs")
+
+
 def test_without_a_runtime(chromium, tmp_path, monkeypatch):
     "Where npm is missing the site is built, and the panel says what it lacks."
     monkeypatch.setattr(site, "add_runtime", lambda folder: False)
