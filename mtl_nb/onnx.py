@@ -10,6 +10,7 @@ __all__ = ['PixelsToFeatures', 'export_onnx']
 # %% ../nbs/29_onnx.ipynb #8d22cd9d
 import json
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -46,14 +47,23 @@ class PixelsToFeatures(nn.Module):
         return 4*F.normalize(f if self.centre is None else f - self.centre)
 
 # %% ../nbs/29_onnx.ipynb #0d2f8de3
+def _exported(module, pixels):
+    "The network as an `onnx.ModelProto`, for any number of pictures."
+    names = dict(input_names=["pixels"], output_names=["features"])
+    if torch.__version__ >= (2, 6):
+        shapes = {"pixels": {0: torch.export.Dim("n", min=1)}}
+        how = dict(dynamo=True, verbose=False, dynamic_shapes=shapes)
+        return torch.onnx.export(module, (pixels,), **how, **names).model_proto
+    from onnx import load_from_string # earlier versions have another exporter
+    file, axes = BytesIO(), {"pixels": {0: "n"}, "features": {0: "n"}}
+    torch.onnx.export(module, (pixels,), file, opset_version=17, dynamic_axes=axes, **names)
+    return load_from_string(file.getvalue())
+
 def _to_onnx(module, size):
     "The content of an ONNX file."
-    n = {"pixels": {0: torch.export.Dim("n", min=1)}}
-    how = dict(dynamo=True, verbose=False, dynamic_shapes=n, input_names=["pixels"], output_names=["features"])
-    try: program = torch.onnx.export(module, (torch.zeros(2, 3, size, size),), **how)
+    try: proto = _exported(module, torch.zeros(2, 3, size, size))
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as e:
         raise BadInput(f"this network cannot be exported to ONNX: {str(e).strip().splitlines()[0]}") from None
-    proto = program.model_proto
     for node in proto.graph.node: node.ClearField("metadata_props") # source files and lines
     return proto.SerializeToString(deterministic=True)
 
