@@ -54,10 +54,10 @@ def _exported(module, pixels):
         shapes = {"pixels": {0: torch.export.Dim("n", min=1)}}
         how = dict(dynamo=True, verbose=False, dynamic_shapes=shapes)
         return torch.onnx.export(module, (pixels,), **how, **names).model_proto
-    from onnx import load_from_string # earlier versions have another exporter
+    import onnx # earlier versions have another exporter
     file, axes = BytesIO(), {"pixels": {0: "n"}, "features": {0: "n"}}
     torch.onnx.export(module, (pixels,), file, opset_version=17, dynamic_axes=axes, **names)
-    return load_from_string(file.getvalue())
+    return onnx.load_from_string(file.getvalue())
 
 def _to_onnx(module, size):
     "The content of an ONNX file."
@@ -82,6 +82,6 @@ def export_onnx(
             "only a network with a linear head can be exported: one feature for each picture, whatever its task")
     atomic_write(path, _to_onnx(PixelsToFeatures(model, preprocessing), preprocessing.size))
     about = dict(size=preprocessing.size, crop=preprocessing.crop, interpolation=preprocessing.interpolation,
-                 lr=model.base.lr, steps=model.base.steps, sha256=sha256(path))
+                 way=len(model.base.weight), lr=model.base.lr, steps=model.base.steps, sha256=sha256(path))
     atomic_write(path.with_suffix(".json"), json.dumps(about, indent=1).encode())
     return about

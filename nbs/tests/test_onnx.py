@@ -48,7 +48,7 @@ def test_onnx_gives_the_features_of_pytorch(model, pixels, tmp_path):
     with torch.no_grad(): expected = model.embed((pixels/255 - .5)/.25)
     for n in (1, 7): assert (run_onnx(tmp_path/"net.onnx", pixels[:n]) - expected[:n]).abs().max() < 4e-5
     assert about == read_json(tmp_path/"net.json") == dict(
-        size=32, crop=.875, interpolation="bilinear", lr=.1, steps=20, sha256=sha256(tmp_path/"net.onnx"))
+        size=32, crop=.875, interpolation="bilinear", way=5, lr=.1, steps=20, sha256=sha256(tmp_path/"net.onnx"))
 
 
 def test_mean_and_std_of_each_channel_and_no_centre(net, pixels, tmp_path):

@@ -6,7 +6,7 @@ const find = selector => root.querySelector(selector);
 const { networks, runtime } = JSON.parse(find("script[type='application/json']").textContent);
 const file = name => new URL(name, import.meta.url).href;
 
-let network = null; // { size, crop, lr, steps, embed }
+let network = null; // { size, crop, way, lr, steps, embed }
 let classes = [];   // { card, name, pictures }; a picture is { canvas, feature, label, truth }
 let queries = [];
 
@@ -165,7 +165,8 @@ function update(problem = "") {
   const shown = classes.filter(one => one.pictures.length), ready = shown.length >= 2;
   const support = shown.flatMap(one => one.pictures.map(o => o.feature));
   const labels = shown.flatMap((one, c) => one.pictures.map(() => c));
-  const A = ready ? adapt(support, labels, shown.length, network.lr, network.steps) : [];
+  const lr = ready ? network.lr * shown.length / network.way : 0; // a picture moves the head as far as in training
+  const A = ready ? adapt(support, labels, shown.length, lr, network.steps) : [];
   const shares = ready ? predict(A, support, queries.map(o => o.feature)) : [];
   find(".answers").replaceChildren(...queries.map((o, i) => answer(o, shares[i], ready ? shown : [])));
   find(".clear").hidden = !queries.length;
