@@ -16,5 +16,5 @@ setup(version=version, packages=find_packages(include=[lib, f"{lib}.*"]), packag
       description=cfg["description"], author=cfg["author"], keywords=cfg["keywords"].split(),
       license=cfg["license"], classifiers=rows("classifiers"), long_description=readme, long_description_content_type="text/markdown",
       install_requires=cfg["requirements"].split(),
-      extras_require={o: cfg[f"{o}_requirements"].split() for o in ("nb", "timm", "dev", "docs")},
+      extras_require={o: cfg[f"{o}_requirements"].split() for o in ("nb", "timm", "onnx", "dev", "docs")},
       entry_points={"console_scripts": rows("console_scripts"), "nbdev": [f"{lib} = {lib}._modidx:d"]})

@@ -10,7 +10,7 @@ __all__ = ['LOG', 'STOPPED', 'DEADLINE', 'BAD_INPUT', 'COMMANDS', 'OVERVIEW', 'r
            'config_fields', 'add_config_options', 'read_changes', 'import_plugins', 'registry_words', 'find_device',
            'run_parser', 'read_run_options', 'mtl_run', 'TestOptions', 'load_models', 'mtl_test', 'ResultsOptions',
            'mtl_results', 'BenchOptions', 'mtl_bench', 'LearnOptions', 'mtl_learn', 'RecognizeOptions', 'mtl_recognize',
-           'main']
+           'ExportOptions', 'mtl_export', 'main']
 
 # %% ../nbs/22_cli.ipynb #78f001c5
 import argparse
@@ -818,9 +818,45 @@ def mtl_recognize(
     if not options.json: return print("\n".join(map(_answer_line, answers)))
     print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
 
+# %% ../nbs/22_cli.ipynb #0e29a001
+@dataclass
+class ExportOptions:
+    "the export"
+    weights:str|None=None # a run folder or one weights file; may also be given first, without --weights
+    onnx:str|None=None # the file to write, such as net.onnx; what a program must know to use it goes into net.json
+    method:str|None=None # of a run folder; if not given: MTL
+    shot:int|None=None # of a run folder: support images a class
+    size:int|None=None # pixels a side of the pictures; if not given: as the weights were trained
+
+def _trained_size(path, record):
+    "Pixels a side that weights were trained at; None where no file says so."
+    from mtl_nb.data.datasets import DATASETS
+    config, _ = _trained_config(path)
+    entry = DATASETS.get(config.data) if config else None
+    return record.get("size") or config and config.size or entry and (entry.size or entry.native)
+
+def mtl_export(
+    argv:Sequence[str], # the options
+) -> None:
+    "The command `mtl export`."
+    if argv and argv[0][:1] != "-": argv = ["--weights", *argv]
+    options = _parse_simple("export", "Write a network as an ONNX file.", (ExportOptions, OutputOptions), argv)
+    require(options.weights and options.onnx, "say what to export, and where to: mtl export WEIGHTS --onnx FILE")
+    from mtl_nb.data.folders import Preprocessing
+    from mtl_nb.onnx import export_onnx
+    from mtl_nb.publish import load_weights
+    path = Path(options.weights)
+    _, model, record = load_weights(path, options.method, options.shot)
+    size = _trained_size(path, record) if options.size is None else options.size
+    require(size, f"{path} does not say the size of its pictures: give --size, in pixels a side")
+    require(size >= 16, f"--size must be at least 16 pixels, got {size}")
+    about = export_onnx(model, Path(options.onnx), Preprocessing(size))
+    if options.json: print(json.dumps(about, indent=1))
+    LOG.info(f"The network is in {options.onnx}, and how to use it in {Path(options.onnx).with_suffix('.json')}")
+
 # %% ../nbs/22_cli.ipynb #e7d65e5d
 COMMANDS = dict(learn=mtl_learn, recognize=mtl_recognize, run=mtl_run, test=mtl_test, results=mtl_results,
-                bench=mtl_bench)
+                bench=mtl_bench, export=mtl_export)
 OVERVIEW = """usage: mtl COMMAND [options]
 
 Meta-transfer learning: few-shot classification of images.
@@ -831,6 +867,7 @@ Meta-transfer learning: few-shot classification of images.
   mtl test       evaluate saved weights on classes they have never seen
   mtl results    make the tables and figures from recorded runs
   mtl bench      measure the speed of each phase
+  mtl export     write a network as an ONNX file, for programs without Python
 
   mtl COMMAND --help lists the options of a command; mtl --version prints the version.
 Exit codes: 0 done; 2 a mistake in the command or the data, with one line of explanation;

@@ -195,6 +195,8 @@ def site():
     shutil.move(work/"html", out)
     for p in [home, *paths]: (out/f"{page(p)}.html.md").write_text(markdown(notebook(p)), encoding="utf-8")
     (out/"llms.txt").write_text(llms(about[home], about, paths), encoding="utf-8")
+    from panel import add_panel
+    add_panel(out)
     print(f"the site is in {out}/index.html")
 
 def lib(): return tomllib.loads((root/"pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
