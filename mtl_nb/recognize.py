@@ -29,12 +29,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .core import BadInput, did_you_mean, read_json, require
-from .data.bank import MEAN, STD, ImageBank, normalise
+from .data.bank import ImageBank, normalise
 from .data.datasets import get_dataset
 from .data.episodes import TaskShape
 from .data.folders import Preprocessing, class_files, picture_files, read_image, to_rgb, unreadable
 from .evaluation.exam import make_exam
-from .models.backbones import build_backbone, check_backbone
+from .models.backbones import Pretrained, build_backbone, check_backbone
 from .models.base_learner import BaseLearner
 from .publish import load_weights, weights_in
 from .train.checkpoints import load, save
@@ -148,20 +148,6 @@ def find_weights(
     raise BadInput(f"no weights '{text}'{did_you_mean(text, names)}: give a file, a run folder, or one of "
                    f"{', '.join(names)}, torchvision/NAME, timm/NAME")
 
-class _Adapted(nn.Module):
-    "A network of any origin behind this project's normalisation: its own mean and std are applied in front of it."
-    def __init__(self, net, preprocessing):
-        super().__init__()
-        mean, std = (torch.tensor(o).view(3, 1, 1) for o in (preprocessing.mean, preprocessing.std))
-        self.net = deepcopy(net)
-        self.register_buffer("scale", STD/std)
-        self.register_buffer("shift", (MEAN - mean)/std)
-        size = preprocessing.size
-        with torch.no_grad(): out = self.net.eval()(torch.zeros(1, 3, size, size))
-        require(isinstance(out, Tensor) and out.dim() == 2, "the network must return features [B,D] for [B,3,H,W]")
-        self.num_features = out.shape[1]
-    def forward(self, x): return self.net(x*self.scale + self.shift)
-
 def _bare(net, preprocessing):
     "A backbone alone: a centre of zeros brings its features to one length, so that one rate suits all networks."
     check_backbone(net, preprocessing.size)
@@ -208,7 +194,7 @@ def load_extractor(
         own = getattr(net, "preprocessing", None)
         preprocessing = preprocessing or own
         if not preprocessing: raise BadInput("give the size of its pictures, too: preprocessing=Preprocessing(size)")
-        return _bare(net if own else _Adapted(net, preprocessing), preprocessing), preprocessing, WeightsRecord()
+        return _bare(net if own else Pretrained(deepcopy(net), preprocessing), preprocessing), preprocessing, WeightsRecord()
     path = find_weights(source)
     label = None
     if path.is_dir():
