@@ -822,18 +822,12 @@ def mtl_recognize(
 @dataclass
 class ExportOptions:
     "the export"
-    weights:str|None=None # a run folder or one weights file; may also be given first, without --weights
+    # a run folder, a weights file, or a name as for mtl learn; may also be given first, without --weights
+    weights:str|None=None
     onnx:str|None=None # the file to write, such as net.onnx; what a program must know to use it goes into net.json
     method:str|None=None # of a run folder; if not given: MTL
-    shot:int|None=None # of a run folder: support images a class
+    shot:int|None=None # of a run folder: support images a class; if not given: the most
     size:int|None=None # pixels a side of the pictures; if not given: as the weights were trained
-
-def _trained_size(path, record):
-    "Pixels a side that weights were trained at; None where no file says so."
-    from mtl_nb.data.datasets import DATASETS
-    config, _ = _trained_config(path)
-    entry = DATASETS.get(config.data) if config else None
-    return record.get("size") or config and config.size or entry and (entry.size or entry.native)
 
 def mtl_export(
     argv:Sequence[str], # the options
@@ -842,15 +836,13 @@ def mtl_export(
     if argv and argv[0][:1] != "-": argv = ["--weights", *argv]
     options = _parse_simple("export", "Write a network as an ONNX file.", (ExportOptions, OutputOptions), argv)
     require(options.weights and options.onnx, "say what to export, and where to: mtl export WEIGHTS --onnx FILE")
+    require(options.size is None or 16 <= options.size <= 2048, f"--size must be from 16 to 2048, got {options.size}")
     from mtl_nb.data.folders import Preprocessing
     from mtl_nb.onnx import export_onnx
-    from mtl_nb.publish import load_weights
-    path = Path(options.weights)
-    _, model, record = load_weights(path, options.method, options.shot)
-    size = _trained_size(path, record) if options.size is None else options.size
-    require(size, f"{path} does not say the size of its pictures: give --size, in pixels a side")
-    require(size >= 16, f"--size must be at least 16 pixels, got {size}")
-    about = export_onnx(model, Path(options.onnx), Preprocessing(size))
+    from mtl_nb.recognize import load_extractor
+    preprocessing = Preprocessing(options.size) if options.size else None
+    model, preprocessing, _ = load_extractor(options.weights, preprocessing, options.shot, options.method)
+    about = export_onnx(model, Path(options.onnx), preprocessing)
     if options.json: print(json.dumps(about, indent=1))
     LOG.info(f"The network is in {options.onnx}, and how to use it in {Path(options.onnx).with_suffix('.json')}")
 

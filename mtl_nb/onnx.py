@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import BadInput, atomic_write, require, sha256
+from .data.bank import MEAN, STD
 from .data.folders import Preprocessing
 from .models.base_learner import BaseLearner
 from .models.scale_shift import merge
@@ -25,25 +26,20 @@ from .train.meta_train import MTL
 
 # %% ../nbs/29_onnx.ipynb #e6349d3d
 class PixelsToFeatures(nn.Module):
-    "A network with everything before and after it: f = 4·v/‖v‖, where v is Θ((x/255 - mean)/std) - centre."
-    mean:Tensor
-    std:Tensor
+    "A network with everything before and after it: f = 4·v/‖v‖, where v is Θ((x/255 - 0.5)/0.25) - centre."
     centre:Tensor|None
     def __init__(self,
         model:MTL, # stays as it is
-        preprocessing:Preprocessing, # its mean and std
     ):
         super().__init__()
         self.backbone = merge(model.backbone)
         self.register_buffer("centre", model.centre)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(preprocessing.std)[:, None, None])
         self.cpu().float().requires_grad_(False).eval()
     def forward(self,
         pixels:Tensor, # float32 [n,3,S,S] from 0 to 255
     ) -> Tensor: # [n,D] features of length 4
         "One feature vector for each picture."
-        f = self.backbone((pixels/255 - self.mean)/self.std)
+        f = self.backbone((pixels/255 - MEAN)/STD)
         return 4*F.normalize(f if self.centre is None else f - self.centre)
 
 # %% ../nbs/29_onnx.ipynb #0d2f8de3
@@ -68,7 +64,7 @@ def _to_onnx(module, size):
     return proto.SerializeToString(deterministic=True)
 
 def export_onnx(
-    model:MTL, # with a linear head, such as `load_weights` returns it
+    model:MTL, # with a linear head, such as `load_extractor` returns it
     path:Path, # the file to write, such as `net.onnx`; `net.json` is written beside it
     preprocessing:Preprocessing, # how the network expects its pictures
 ) -> dict: # the content of the JSON file; raises `BadInput`
@@ -80,7 +76,7 @@ def export_onnx(
     require(path.parent.is_dir(), f"there is no folder {path.parent} to write to")
     require(type(model) is MTL and isinstance(model.base, BaseLearner),
             "only a network with a linear head can be exported: one feature for each picture, whatever its task")
-    atomic_write(path, _to_onnx(PixelsToFeatures(model, preprocessing), preprocessing.size))
+    atomic_write(path, _to_onnx(PixelsToFeatures(model), preprocessing.size))
     about = dict(size=preprocessing.size, crop=preprocessing.crop, interpolation=preprocessing.interpolation,
                  way=len(model.base.weight), lr=model.base.lr, steps=model.base.steps, sha256=sha256(path))
     atomic_write(path.with_suffix(".json"), json.dumps(about, indent=1).encode())

@@ -34,6 +34,7 @@ from .data.datasets import get_dataset
 from .data.episodes import TaskShape
 from .data.folders import Preprocessing, class_files, picture_files, read_image, to_rgb, unreadable
 from .evaluation.exam import make_exam
+from .methods.base import get_method
 from .models.backbones import Pretrained, build_backbone, check_backbone
 from .models.base_learner import BaseLearner
 from .publish import load_weights, weights_in
@@ -187,6 +188,7 @@ def load_extractor(
     source, # as for `Recognizer.from_pretrained`
     preprocessing:Preprocessing|None=None, # None: as recorded with the weights
     k_shot:int|None=None, # the pictures a class that the weights were meta-trained for; None: the most there are
+    method:str|None=None, # of a run folder: its label, an alias or its slug; None: MTL, or the linear head alone
 ) -> tuple[MTL,Preprocessing,WeightsRecord]: # raises `BadInput`
     "What turns pictures into features, from wherever it comes."
     if isinstance(source, nn.Module) or str(source).startswith(_LIBRARIES):
@@ -197,11 +199,11 @@ def load_extractor(
         if not own: net = Pretrained(deepcopy(net), preprocessing)
         return _bare(net, preprocessing), preprocessing, WeightsRecord()
     path = find_weights(source)
-    label = None
+    label = method and get_method(method).label
     if path.is_dir():
         offers = weights_in(path)
         labels = [o for o, _ in offers]
-        label = "MTL" if "MTL" in labels else "head only" if "head only" in labels else None
+        label = label or next((o for o in ("MTL", "head only") if o in labels), None)
         k_shot = k_shot or max((k for o, k in offers if o == label), default=None)
     weights = load_weights(path, label, k_shot)
     require(isinstance(weights.model.base, BaseLearner),

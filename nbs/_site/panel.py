@@ -17,11 +17,11 @@ root = here.parents[1]
 VERSION = "1.30.0" # of onnxruntime-web
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
 RUNTIME = "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"
-NETWORKS = { # by name: a file in data/weights, if it is there; what its button says, and for what it is good
-    "glyphs": ("glyphs-small.safetensors", "Your own drawings",
+NETWORKS = { # the name of weights that the package brings; what its button says, and for what it is good
+    "glyphs": ("Your own drawings",
         "This network has learned from drawn glyphs of 32 × 32 pixels. "
         "It suits signs and simple drawings, not photographs."),
-    "photos": ("photos*.safetensors", "Your own photographs",
+    "photos": ("Your own photographs",
         "This network has learned from photographs of 32 × 32 pixels, and sees no more of yours. "
         "Large networks do better.")}
 MARK = re.compile(r'<div id="recognise">.*?</div>', re.S)
@@ -54,16 +54,15 @@ def save_sprite(images, path):
 
 def add_networks(folder):
     "Export the networks that there are; what the panel must know of each."
-    from mtl_nb.data.folders import Preprocessing
     from mtl_nb.onnx import export_onnx
-    from mtl_nb.publish import load_weights
+    from mtl_nb.recognize import BUNDLED, load_extractor
     logging.disable(logging.INFO) # the exporter reports each step
     found = []
-    for name, (pattern, title, hint) in NETWORKS.items():
-        for path in sorted((root/"data/weights").glob(pattern))[:1]:
-            weights = load_weights(path)
-            export_onnx(weights.model, folder/f"{name}.onnx", Preprocessing(weights.record.get("size") or 32))
-            found.append(dict(name=name, title=title, hint=hint))
+    for name, (title, hint) in NETWORKS.items():
+        if not (BUNDLED/f"{name}.safetensors").exists(): continue
+        model, preprocessing, _ = load_extractor(name)
+        export_onnx(model, folder/f"{name}.onnx", preprocessing)
+        found.append(dict(name=name, title=title, hint=hint))
     if found and found[0]["name"] == "glyphs": # with a task to try
         names, images = glyph_task()
         save_sprite(images, folder/"glyphs.png")

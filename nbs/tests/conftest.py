@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import launch
 
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.models.resnet12 import ResNet12
@@ -24,6 +25,11 @@ def copy(files, tmp_path):
         (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/o, tmp_path/o)
     return tmp_path
+
+@pytest.fixture(scope="module")
+def browser():
+    "A headless Chromium, for tests in a browser."
+    with launch() as browser: yield browser
 
 @pytest.fixture(scope="module")
 def bank():

@@ -13,6 +13,7 @@ from mtl_nb.cli import BAD_INPUT, main
 from mtl_nb.core import BadInput, read_json, sha256
 from mtl_nb.data.folders import Preprocessing
 from mtl_nb.methods.base import get_method
+from mtl_nb.models.backbones import Pretrained
 from mtl_nb.models.base_learner import BaseLearner, fit_head
 from mtl_nb.models.scale_shift import scale_shift
 from mtl_nb.onnx import PixelsToFeatures, export_onnx
@@ -51,9 +52,10 @@ def test_onnx_gives_the_features_of_pytorch(model, pixels, tmp_path):
         size=32, crop=.875, interpolation="bilinear", way=5, lr=.1, steps=20, sha256=sha256(tmp_path/"net.onnx"))
 
 
-def test_mean_and_std_of_each_channel_and_no_centre(net, pixels, tmp_path):
+def test_a_network_from_elsewhere_and_no_centre(net, pixels, tmp_path):
+    "Its own mean and std are applied once."
     p = Preprocessing(32, mean=(.485, .456, .406), std=(.229, .224, .225))
-    export_onnx(MTL(net, BaseLearner(8, 5)), tmp_path/"net.onnx", p)
+    export_onnx(MTL(Pretrained(net, p), BaseLearner(8, 5)), tmp_path/"net.onnx", p)
     mean, std = (torch.tensor(o)[:, None, None] for o in (p.mean, p.std))
     with torch.no_grad(): expected = 4*F.normalize(net((pixels/255 - mean)/std))
     assert (run_onnx(tmp_path/"net.onnx", pixels) - expected).abs().max() < 4e-5
@@ -69,7 +71,7 @@ def test_the_file_is_the_same_each_time_and_holds_no_path(model, tmp_path):
 
 def test_the_given_model_stays_as_it_is(model, pixels):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    PixelsToFeatures(model, Preprocessing(32))(pixels)
+    PixelsToFeatures(model)(pixels)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
     assert any(p.requires_grad for p in model.backbone.parameters())
@@ -102,9 +104,10 @@ def test_command(tmp_path, capsys):
     for words, message in {
         "export": "mtl export WEIGHTS --onnx FILE",
         f"export {SMALL}": "mtl export WEIGHTS --onnx FILE",
-        f"export {SMALL} --onnx {file}": "does not say the size of its pictures: give --size",
-        f"export {SMALL} --onnx {file} --size 8": "at least 16",
-        f"export {tmp_path}/none --onnx {file}": "no such weights",
+        f"export {SMALL} --onnx {file}": "does not say for which pictures it was trained: give their size",
+        f"export {SMALL} --onnx {file} --size 8": "from 16 to 2048",
+        f"export {tmp_path}/none --onnx {file}": "give a file, a run folder, or one of",
+        f"export {root}/data/weights/glyphs-quick-s0 --method protonet --onnx {file}": "has no 'ProtoNet'",
         f"export {SMALL} --onnx {tmp_path}/net.pt --size 32": "ends with .onnx",
     }.items():
         assert main(words.split()) == BAD_INPUT

@@ -1,62 +1,38 @@
 """The built site in headless Chromium: every page, the search, dark mode, maths, the width of a phone.
 
-It needs Chromium (its place in `$CHROMIUM`, or on the path), Playwright (in the extra `docs`) and the site (`python nbs/_site/build.py`)."""
-import functools
-import http.server
-import os
+It needs Chromium (its place in `$CHROMIUM`, or on the path), Playwright (in the extra `docs`) and the site
+(`python nbs/_site/build.py`); what is missing is stated, and the tests are skipped."""
 import re
-import shutil
-import threading
 from pathlib import Path
 
 import pytest
+from browser import serve, watch
 
 root = Path(__file__).parents[2]
 site = root/"_docs"
 prefix = "/mtl_nb/"  # where the site lies at its address, and where its page 404 looks for styles
-chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-options = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
-pages = sorted(o.name for o in site.glob("*.html"))
-
-built = (site/"llms.txt").stat().st_mtime if (site/"llms.txt").exists() else 0
-if any(o.stat().st_mtime > built for o in [*(root/"nbs").glob("*.ipynb"), *(root/"nbs/_site").glob("*.py")]):
-    pytest.skip("no site of these notebooks: run python nbs/_site/build.py", allow_module_level=True)
-if not chromium: pytest.skip("no Chromium on the path", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason='no Playwright: pip install "mtl_nb[docs]"')
+pages = sorted(o.name for o in site.glob("*.html")) or ["index.html"]
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def translate_path(self, path): return super().translate_path("/" + path.removeprefix(prefix))
-    def log_message(self, *args): pass
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    "Skips every test where the site is missing or older than what it is made from."
+    made = (site/"llms.txt").stat().st_mtime if (site/"llms.txt").exists() else 0
+    sources = [*(root/"nbs").glob("*.ipynb"), *(root/"nbs/_site").glob("*.py"), *(root/"nbs/_site/recognise").iterdir()]
+    if any(o.stat().st_mtime > made for o in sources):
+        pytest.skip("no site of these notebooks: run python nbs/_site/build.py")
 
 
 @pytest.fixture(scope="module")
-def address():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}{prefix}"
-        server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=options)
-        yield browser
-        browser.close()
+def address(built):
+    with serve(site, prefix) as address: yield address
 
 
 @pytest.fixture(scope="module")
 def window(browser, address):
-    "A page of a phone's width, and what went wrong on it: failed requests, errors, addresses elsewhere."
-    window, faults = browser.new_page(viewport={"width": 390, "height": 844}), []
-    window.on("console", lambda o: faults.append(o.text) if o.type == "error" else None)
-    window.on("pageerror", lambda o: faults.append(str(o)))
-    window.on("response", lambda o: faults.append(f"{o.status} {o.url}") if o.status >= 400 else None)
-    window.on("requestfailed", lambda o: faults.append(f"{o.failure} {o.url}"))
-    window.on("request", lambda o: None if o.url.startswith((address, "data:", "blob:")) else faults.append(f"elsewhere: {o.url}"))
-    return window, faults
+    "A page of a phone's width, and what went wrong on it."
+    window = browser.new_page(viewport={"width": 390, "height": 844})
+    return window, watch(window, address)
 
 
 LOOK = """() => ({
@@ -109,6 +85,19 @@ def test_search(window, address, wanted, first):
     lines = " ".join(o.inner_text() for o in page.query_selector_all("#search-results p.context"))
     assert found and re.split("[#?]", found[0])[0].rpartition("/")[2] == first, found[:5]
     assert not re.search(r"\bfrom \S+ import\b|Open in Colab", lines)
+    assert not faults
+
+
+def test_the_panel_on_its_page(window, address):
+    "The panel of the page that recognises answers the prepared task, at a phone's width."
+    page, faults = window
+    faults.clear()
+    page.goto(address + "recognize.html")
+    page.wait_for_function("document.querySelector('#recognise')?.dataset.state != 'loading'")
+    if page.get_attribute("#recognise", "data-state") == "off": pytest.skip(page.inner_text("#recognise .status"))
+    page.click("[data-start=glyphs-prepared]")
+    page.wait_for_function("document.querySelectorAll('#recognise .answers > li[data-answer]').length == 25")
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     assert not faults
 
 
