@@ -18,6 +18,7 @@ from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.request import urlopen
 
 import torch
@@ -105,11 +106,11 @@ def _hub():
 def _from_hub(repo_id, revision):
     "A folder of the hub, in the cache of its own library."
     try: hub = _hub()
-    except BadInput as e: raise BadInput(f"there is no '{repo_id}' on this disk, and {e}") from None
+    except BadInput as e: raise BadInput(f"no '{repo_id}' on this disk, and {e}") from None
     try: return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=_FILES))
     except Exception as e: # of whatever the library uses for its connection
         at = f" at revision '{revision}'" if revision else ""
-        raise BadInput(f"there is no '{repo_id}' on this disk, and it cannot be had from the hub{at}: {_reason(e)}") from None
+        raise BadInput(f"no '{repo_id}' on this disk, and the hub does not give it{at}: {_reason(e)}") from None
 
 # %% ../nbs/28_hub.ipynb #51184294
 def address(
@@ -147,7 +148,8 @@ def _write_models(source, out, headline):
 
 def _describe(out, config, headline):
     "The content of `config.json`."
-    variants, backbone = [], load_weights(out, *headline).model.backbone
+    variants:list[dict] = []
+    backbone:Any = load_weights(out, *headline).model.backbone
     for label, k in weights_in(out):
         record, alone = load_weights(out, label, k).record, (label, k) != headline and get_method(label).meta
         file = f"model.{_stem(label, k)}.safetensors" if alone else "model.safetensors"
@@ -210,9 +212,10 @@ def from_pretrained(
     "A model by its name, ready to be evaluated."
     path = find_weights(source, revision)
     if method is None and k_shot is None and (path/"config.json").is_file():
-        about = read_json(path/"config.json").get("headline")
-        require(isinstance(about, dict), f"{path/'config.json'} names no headline: choose method and k_shot")
-        method, k_shot = about.get("method"), about.get("k_shot")
+        headline:Any = read_json(path/"config.json").get("headline")
+        named = isinstance(headline, dict) and headline.keys() == {"method", "k_shot"}
+        require(named, f"{path/'config.json'} names no headline: choose method and k_shot")
+        method, k_shot = headline["method"], headline["k_shot"]
     return load_weights(path, method, k_shot, device)
 
 # %% ../nbs/28_hub.ipynb #c5e85862

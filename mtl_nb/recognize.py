@@ -177,7 +177,8 @@ def load_extractor(
         own = getattr(net, "preprocessing", None)
         preprocessing = preprocessing or own
         if not preprocessing: raise BadInput("give the size of its pictures, too: preprocessing=Preprocessing(size)")
-        return _bare(net if own else Pretrained(deepcopy(net), preprocessing), preprocessing), preprocessing, WeightsRecord()
+        net = net if own else Pretrained(deepcopy(net), preprocessing)
+        return _bare(net, preprocessing), preprocessing, WeightsRecord()
     path = find_weights(source)
     label = None
     if path.is_dir():
@@ -276,7 +277,8 @@ class Recognizer:
         self.estimate_:Estimate|None = None
     @classmethod
     def from_pretrained(cls,
-        # "glyphs", a name in data/weights, a run folder, a weights file, "torchvision/NAME", "timm/NAME", or a network
+        # "glyphs" or another name of weights, a run folder, a weights file, "user/name" on the hub,
+        # "torchvision/NAME", "timm/NAME", or a network
         source="glyphs",
         preprocessing:Preprocessing|None=None, # needed for a network of your own; None: as recorded with the weights
         k_shot:int|None=None, # of several trained weights, those for so many pictures a class; None: the most
