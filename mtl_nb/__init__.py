@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .evaluation.meta_test import meta_test as meta_test
     from .experiments.config import ExperimentConfig as ExperimentConfig
     from .experiments.run import run as run
+    from .hub import from_pretrained as from_pretrained
+    from .hub import push_to_hub as push_to_hub
+    from .hub import save_pretrained as save_pretrained
     from .models.base_learner import BaseLearner as BaseLearner
     from .models.resnet12 import ResNet12 as ResNet12
     from .models.scale_shift import merge as merge
@@ -33,13 +36,16 @@ _HOME = {
     "ResNet12": "models.resnet12",
     "TaskSampler": "data.episodes",
     "TaskShape": "data.episodes",
+    "from_pretrained": "hub",
     "load_data": "data.datasets",
     "load_weights": "publish",
     "merge": "models.scale_shift",
     "meta_test": "evaluation.meta_test",
     "meta_train": "train.meta_train",
     "pretrain": "train.pretrain",
+    "push_to_hub": "hub",
     "run": "experiments.run",
+    "save_pretrained": "hub",
     "scale_shift": "models.scale_shift",
 }
 __all__ = ["__version__", *_HOME]

@@ -557,10 +557,11 @@ def load_models(
 
 def _backbone_record(path):
     "What the file of a backbone says of it, for a run folder or a weights file."
+    from mtl_nb.publish import backbone_file
     from mtl_nb.train.checkpoints import backbone_path, load
-    if path.is_dir(): return load(path/"pretrain.safetensors")[1]
+    if path.is_dir(): return load(backbone_file(path), "backbone")[1]
     record = load(path)[1]
-    return record if record.get("kind") == "backbone" else load(backbone_path(path, record))[1]
+    return record if record.get("kind") == "backbone" else load(backbone_path(path, record), "backbone")[1]
 
 def _trained_config(path):
     "The config of the run that weights belong to, and the digest of its base images; None where none is beside them."

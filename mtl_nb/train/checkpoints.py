@@ -58,6 +58,7 @@ def load(
     "Read a file from `save`. Raises `BadInput` if it is missing, damaged or of another kind."
     path = Path(path)
     tensors, record = _read(path)
+    if "learned" in record: tensors, record = _one_of_two(path, tensors, record, kind)
     require(not kind or record.get("kind") == kind, f"{path} holds '{record.get('kind')}', expected '{kind}'")
     parts = record.pop("parts", {})
     require(isinstance(parts, dict), f"{path} is damaged: its list of further files cannot be read")
@@ -67,6 +68,14 @@ def load(
         require(not odd, f"{path} holds weights that are not finite: {', '.join(odd[:3])}")
     if record.pop("half_phi", False): tensors = _full_phi(tensors)
     return tensors, record
+
+def _one_of_two(path, tensors, record, kind):
+    "Of a [published file](28_hub.ipynb): Θ if a backbone is asked for, else what a method has learned on it."
+    learned, inside = record.pop("learned"), [k for k in tensors if k.startswith("learned.")]
+    require(isinstance(learned, dict), f"{path} is damaged: the record of what was learned cannot be read")
+    if kind == "backbone": return {k: v for k, v in tensors.items() if k not in inside}, record
+    own = {k.removeprefix("learned."): tensors[k] for k in inside}
+    return own, learned | dict(backbone=path.name, backbone_sha256=sha256(path))
 
 def _read(path):
     "The tensors and the record of one file."

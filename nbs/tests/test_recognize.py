@@ -20,7 +20,8 @@ from mtl_nb.models.backbones import BACKBONES
 from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.publish import _halve
-from mtl_nb.recognize import (BUNDLED, UNKNOWN, Recognizer, answer_sheet, balanced_heads, calibrate_unknown, find_weights,
+from mtl_nb.hub import BUNDLED, find_weights
+from mtl_nb.recognize import (UNKNOWN, Recognizer, answer_sheet, balanced_heads, calibrate_unknown,
                               held_out, sort_pictures)
 from mtl_nb.train.checkpoints import load, save
 
