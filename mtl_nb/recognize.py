@@ -577,7 +577,8 @@ def recognizer_panel(
     except ImportError: raise BadInput('the panel needs the package ipywidgets: pip install "mtl_nb[nb]"') from None
     r = recognizer or Recognizer.from_pretrained("glyphs")
     name, learn = w.Text(description="class"), w.Button(description="learn")
-    shown, new = (w.FileUpload(accept="image/*", multiple=True, description=o) for o in ("its pictures", "new pictures"))
+    titles = "its pictures", "new pictures"
+    shown, new = (w.FileUpload(accept="image/*", multiple=True, description=o) for o in titles)
     text, image = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%", width="fit-content"))
     def guess():
         image.value = b""
