@@ -7,7 +7,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/recognize.html.md"""
 # %% auto #0
 __all__ = ['Inner', 'UNKNOWN', 'read_pixels', 'list_pictures', 'balanced_heads', 'Estimate', 'held_out', 'wilson', 'Calibration',
            'WeightsRecord', 'load_extractor', 'SavedRecord', 'Answer', 'Recognizer', 'calibrate_unknown',
-           'answer_sheet', 'sort_pictures']
+           'answer_sheet', 'sort_pictures', 'recognizer_panel']
 
 # %% ../nbs/20_recognize.ipynb #20c0de04
 import hashlib
@@ -531,3 +531,58 @@ def sort_pictures(
         except OSError as e: raise BadInput(f"cannot copy {source} to {place}: {e.strerror or e}") from None
         out.append(copy)
     return out
+
+# %% ../nbs/20_recognize.ipynb #9e3b64c1
+from functools import partial
+from html import escape
+from io import BytesIO
+
+from PIL import UnidentifiedImageError
+
+# %% ../nbs/20_recognize.ipynb #9e3b64c2
+def _uploaded(files):
+    "The pixels of the files of a `FileUpload`; raises `BadInput` with the name of one that is no picture."
+    out = []
+    for file in files:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out.append(to_rgb(Image.open(BytesIO(file["content"]))))
+        except UnidentifiedImageError:
+            raise BadInput(f"{file['name']} is no picture that Pillow knows") from None
+        except Exception as e: # a damaged file may raise anything
+            raise BadInput(f"cannot read {file['name']}: {' '.join(str(e).split())}") from None
+    return out
+
+def recognizer_panel(
+    recognizer:Recognizer|None=None, # learns what is uploaded; None: a new one on the weights "glyphs"
+): # an `ipywidgets` box; raises `BadInput` where ipywidgets is not installed
+    "Upload the pictures of some classes, then new ones, and see what they are."
+    try: import ipywidgets as w
+    except ImportError: raise BadInput('the panel needs the package ipywidgets: pip install "mtl_nb[nb]"') from None
+    r = recognizer or Recognizer.from_pretrained("glyphs")
+    name, learn = w.Text(description="class"), w.Button(description="learn")
+    titles = "its pictures", "new pictures"
+    shown, new = (w.FileUpload(accept="image/*", multiple=True, description=o) for o in titles)
+    text, image = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%", width="fit-content"))
+    def guess():
+        image.value = b""
+        if not new.value: return
+        require(r.head is not None, f"learn at least two classes first, there are {len(r.support)}")
+        png = BytesIO()
+        answer_sheet(r.answers(_uploaded(new.value), top=1)).save(png, "png")
+        image.value = png.getvalue()
+    def learn_class():
+        require(name.value.strip(), "give the class a name first")
+        require(shown.value, f"upload pictures of '{name.value.strip()}' first")
+        r.add(name.value.strip(), _uploaded(shown.value))
+        name.value, shown.value = "", ()
+        if r.head: guess()
+    def attempt(action, _):
+        try:
+            action()
+            text.value = escape(r.summary)
+        except BadInput as e: text.value = escape(str(e))
+    learn.on_click(partial(attempt, learn_class))
+    new.observe(partial(attempt, guess), "value")
+    return w.VBox([w.HBox([name, shown, learn]), new, text, image])

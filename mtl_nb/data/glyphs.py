@@ -163,9 +163,10 @@ def contact_sheet(
     return np.concatenate(rows)
 
 # %% ../../nbs/02_data.glyphs.ipynb #1f441006
-def seed_slider(): # an `ipywidgets` box: a slider and the contact sheet of its seed
+def seed_slider(): # an `ipywidgets` box: a slider, a contact sheet; raises `BadInput` where ipywidgets is not installed
     "Look at the glyphs of one seed after another."
-    import ipywidgets as w
+    try: import ipywidgets as w
+    except ImportError: raise BadInput('the slider needs the package ipywidgets: pip install "mtl_nb[nb]"') from None
     seed, image = w.IntSlider(0, 0, 99, description="seed", continuous_update=False), w.Image(format="png")
     def show(_=None):
         sheet, png = Image.fromarray(contact_sheet(seed.value)), io.BytesIO()
