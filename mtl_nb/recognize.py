@@ -196,7 +196,8 @@ def load_extractor(
         own = getattr(net, "preprocessing", None)
         preprocessing = preprocessing or own
         if not preprocessing: raise BadInput("give the size of its pictures, too: preprocessing=Preprocessing(size)")
-        return _bare(net if own else Pretrained(deepcopy(net), preprocessing), preprocessing), preprocessing, WeightsRecord()
+        if not own: net = Pretrained(deepcopy(net), preprocessing)
+        return _bare(net, preprocessing), preprocessing, WeightsRecord()
     path = find_weights(source)
     label = method and get_method(method).label
     if path.is_dir():
