@@ -35,7 +35,7 @@ from .data.folders import Preprocessing, class_files, picture_files, read_image,
 from .evaluation.exam import make_exam
 from .hub import address, find_weights
 from .methods.base import get_method
-from .models.backbones import Pretrained, build_backbone, check_backbone
+from .models.backbones import FAMILIES, Pretrained, build_backbone, check_backbone
 from .models.base_learner import BaseLearner
 from .publish import load_weights, weights_in
 from .train.checkpoints import load, save
@@ -130,7 +130,7 @@ def wilson(
     return (middle - half)/(1 + z2/n), (middle + half)/(1 + z2/n)
 
 # %% ../nbs/20_recognize.ipynb #20c0de16
-_LIBRARIES = ("torchvision/", "timm/")
+def _is_library(source): return "/" in str(source) and str(source).partition("/")[0] in FAMILIES
 
 def _bare(net, preprocessing):
     "A backbone alone: a centre of zeros brings its features to one length, so that one rate suits all networks."
@@ -174,7 +174,7 @@ def load_extractor(
     method:str|None=None, # of a run folder: its label, an alias or its slug; None: MTL, or the linear head alone
 ) -> tuple[MTL,Preprocessing,WeightsRecord]: # raises `BadInput`
     "What turns pictures into features, from wherever it comes."
-    if isinstance(source, nn.Module) or str(source).startswith(_LIBRARIES):
+    if isinstance(source, nn.Module) or _is_library(source):
         net = source if isinstance(source, nn.Module) else build_backbone(str(source))
         own = getattr(net, "preprocessing", None)
         preprocessing = preprocessing or own
@@ -201,7 +201,7 @@ def load_extractor(
 def _address(source):
     "What to write down of a source, so that it is found from another folder."
     if isinstance(source, nn.Module): return ""
-    if str(source).startswith(_LIBRARIES): return str(source)
+    if _is_library(source): return str(source)
     return address(source)
 
 # %% ../nbs/20_recognize.ipynb #20c0de1c

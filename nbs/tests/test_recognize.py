@@ -16,7 +16,7 @@ from mtl_nb.cli import main
 from mtl_nb.core import BadInput
 from mtl_nb.data.folders import MAX_PIXELS, Preprocessing
 from mtl_nb.data.glyphs import glyphs
-from mtl_nb.models.backbones import BACKBONES
+from mtl_nb.models.backbones import FAMILIES, Pretrained
 from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.publish import _halve
@@ -305,15 +305,11 @@ def test_networks_of_any_origin(bank, monkeypatch, tmp_path):
     assert np.allclose(own.predict_proba(x), other.predict_proba(x), atol=1e-4)
     assert torch.allclose(own.embed(x).norm(dim=1), torch.full((4,), 4.))
     refused(lambda: Recognizer.from_pretrained(Net()), "Preprocessing(size)")
-    def make():
-        net = Net()
-        net.preprocessing = Preprocessing(16)
-        return net
-    monkeypatch.setitem(BACKBONES, "timm/toy", make)
-    named = Recognizer.from_pretrained("timm/toy").fit(x, names)
+    monkeypatch.setitem(FAMILIES, "toys", lambda name, pretrained=True: Pretrained(Net(), Preprocessing(16)))
+    named = Recognizer.from_pretrained("toys/net").fit(x, names)
     assert np.allclose(own.predict_proba(x), named.predict_proba(x), atol=1e-4)
     named.save(tmp_path/"a")
-    assert Recognizer.load(tmp_path/"a").source == "timm/toy"
+    assert Recognizer.load(tmp_path/"a").source == "toys/net"
     own.save(tmp_path/"b")
     refused(lambda: Recognizer.load(tmp_path/"b"), "a network of your own")
     assert np.allclose(Recognizer.load(tmp_path/"b", Net()).predict_proba(x), own.predict_proba(x))
