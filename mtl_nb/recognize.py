@@ -177,7 +177,7 @@ def load_extractor(
         own = getattr(net, "preprocessing", None)
         preprocessing = preprocessing or own
         if not preprocessing: raise BadInput("give the size of its pictures, too: preprocessing=Preprocessing(size)")
-        net = net if own else Pretrained(deepcopy(net), preprocessing)
+        if not own: net = Pretrained(deepcopy(net), preprocessing)
         return _bare(net, preprocessing), preprocessing, WeightsRecord()
     path = find_weights(source)
     label = None

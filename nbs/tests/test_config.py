@@ -73,7 +73,7 @@ def test_values_of_another_kind(name, value, words):
 BAD = [("way", 1), ("shots", []), ("shots", [1, 1]), ("shots", [0]), ("query", 0), ("eval_tasks", 1),
     ("eval_tasks", 10**7), ("select_tasks", 1), ("eval_every", 0), ("patience", -1), ("eval_split", "train"),
     ("size", 8), ("widths", [16, 32, 64]), ("widths", [16, 32, 64, 0]), ("dropout", 1.), ("dropout", -.1), ("order", 3),
-    ("inner", [-1., 5]), ("inner", [.2, -1]), ("phase1.epochs", 0), ("phase1.batch", 1), ("phase1.lr", 0.),
+    ("inner", [-1., 5]), ("inner", [.2, -1]), ("phase1.epochs", -1), ("phase1.batch", 1), ("phase1.lr", 0.),
     ("phase1.weight_decay", -1.), ("phase1.smoothing", 1.), ("phase1.warmup", 2.), ("phase1.halve", 0),
     ("phase1.bn_splits", 0), ("phase1.augment.pad", -1), ("phase1.augment.jitter", 2.), ("phase1.augment.zoom", 0.),
     ("phase2.tasks", 0), ("phase2.batch", 0), ("phase2.lr", -1.), ("phase2.head_lr", -1.), ("phase2.halve", 0),

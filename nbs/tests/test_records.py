@@ -74,6 +74,6 @@ def test_other_records_are_left_out(tmp_path):
 def test_table_says_how_images_were_seen():
     "Old and new records name the test-time augmentation of the standard protocol."
     old = json.loads((root/"data/results/fc100-small-views4-s0.json").read_text(encoding="utf-8"))
-    assert results_table(old).splitlines()[0].endswith("standard protocol, 4 views")
+    assert results_table(old).splitlines()[0].endswith("standard protocol, 4 augmented views averaged")
     plain = results_table(RUN | dict(recipe=asdict(preset("quick"))))
     assert plain == results_table(RUN) == results_table(RUN | dict(recipe={}))
