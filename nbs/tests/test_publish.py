@@ -162,7 +162,7 @@ def test_cards(finished):
     results["recipe"] |= dict(eval_split="val", tta=dict(results["recipe"]["tta"], rotations=True, views=2))
     text = card("mine", results)
     assert "--split val" in text and "did not use test" in text
-    assert "averaged over 2 augmented views; features of four 90° rotations side by side" in text
+    assert "2 augmented views averaged; 90° rotations" in text
 
 
 def test_halved_phi_is_exact_near_its_start(tmp_path):
