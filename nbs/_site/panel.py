@@ -55,7 +55,8 @@ def save_sprite(images, path):
 def add_networks(folder):
     "Export the networks that there are; what the panel must know of each."
     from mtl_nb.onnx import export_onnx
-    from mtl_nb.recognize import BUNDLED, load_extractor
+    from mtl_nb.hub import BUNDLED
+    from mtl_nb.recognize import load_extractor
     logging.disable(logging.INFO) # the exporter reports each step
     found = []
     for name, (title, hint) in NETWORKS.items():
