@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
@@ -733,8 +733,10 @@ class LearnOptions:
 
 def _check_free(force, **files):
     "Refuse to overwrite."
-    for option, file in files.items():
-        if file is None: continue
+    given = {k: v for k, v in files.items() if v is not None}
+    require(len({Path(o).resolve() for o in given.values()}) == len(given),
+            f"{' and '.join(map(_flag, given))} name the same file")
+    for option, file in given.items():
         require(not Path(file).is_dir(), f"{_flag(option)} must name a file, {file} is a folder")
         require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it")
         require(Path(file).absolute().parent.is_dir(), f"{_flag(option)}: cannot write {file}: there is no such folder")
@@ -755,7 +757,8 @@ def mtl_learn(
     from mtl_nb.recognize import Recognizer
     skipped:dict[int,str]|None = {} if options.skip_bad else None
     with redirect_stdout(sys.stderr):
-        class_files(options.folder) # what is wrong with the folder is said before the weights are loaded
+        # What is wrong with the folder is said before the weights are loaded, and other files are named only once.
+        with redirect_stdout(StringIO()): class_files(options.folder)
         preprocessing = Preprocessing(options.size) if options.size else None
         device = find_device(options.device)
         recognizer = Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
@@ -798,6 +801,17 @@ def _write_sheet(sheet, file):
     try: sheet.save(file)
     except (ValueError, OSError) as e: raise BadInput(f"--sheet: cannot write {file}: {e}") from None
 
+def _check_apart(options):
+    "Refuse to write over what is read, even with --force, and to sort pictures into the folder they come from."
+    pictures = Path(options.pictures).resolve()
+    for option in ("csv", "sheet"):
+        file = getattr(options, option) and Path(getattr(options, option)).resolve()
+        require(not file or file not in (pictures, Path(options.file).resolve()) and not (
+                file.exists() and pictures in file.parents), f"{_flag(option)}: {file} is one of the files to read")
+    sort = Path(options.sort).resolve() if options.sort else None
+    require(not sort or pictures not in (sort, *sort.parents), f"--sort: {options.sort} is the folder of the pictures, "
+            "whose copies would be recognised the next time: choose another")
+
 def mtl_recognize(
     argv:Sequence[str], # the options
 ) -> None:
@@ -806,6 +820,7 @@ def mtl_recognize(
     options = _parse_simple("recognize", "Say which of the learned classes pictures show.", classes, argv)
     require(options.top >= 1, f"--top must be at least 1, got {options.top}")
     _check_free(options.force, csv=options.csv, sheet=options.sheet)
+    _check_apart(options)
     from mtl_nb.data.folders import picture_files
     from mtl_nb.recognize import Recognizer, answer_sheet, sort_pictures
     recognizer = Recognizer.load(options.file, options.weights, find_device(options.device))
@@ -813,9 +828,9 @@ def mtl_recognize(
     with redirect_stdout(sys.stderr): files = picture_files(options.pictures)
     answers = recognizer.answers(files, options.top, options.unknown, skipped)
     _say_skipped(skipped)
+    if options.sort: sort_pictures(answers, options.sort)
     if options.csv: _write_csv(answers, options.csv)
     if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
-    if options.sort: sort_pictures(answers, options.sort)
     if not options.json: return print("\n".join(map(_answer_line, answers)))
     print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
 
@@ -829,6 +844,7 @@ class ExportOptions:
     method:str|None=None # of a run folder; if not given: MTL
     shot:int|None=None # of a run folder: support images a class; if not given: the most
     size:int|None=None # pixels a side of the pictures; if not given: as the weights were trained
+    force:bool=False # overwrite the files
 
 def mtl_export(
     argv:Sequence[str], # the options
@@ -837,6 +853,7 @@ def mtl_export(
     if argv and argv[0][:1] != "-": argv = ["--weights", *argv]
     options = _parse_simple("export", "Write a network as an ONNX file.", (ExportOptions, OutputOptions), argv)
     require(options.weights and options.onnx, "say what to export, and where to: mtl export WEIGHTS --onnx FILE")
+    _check_free(options.force, onnx=options.onnx, json=Path(options.onnx).with_suffix(".json"))
     require(options.size is None or 16 <= options.size <= 2048, f"--size must be from 16 to 2048, got {options.size}")
     from mtl_nb.data.folders import Preprocessing
     from mtl_nb.onnx import export_onnx
@@ -870,11 +887,17 @@ def main(
     argv:Sequence[str]|None=None, # what follows `mtl`; None: as this process was started
 ) -> int: # the exit code
     "The command `mtl`."
+    if argv is None: _say_every_sign()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"): return print(OVERVIEW) or 0
     if argv[0] == "--version": return print(f"mtl_nb {__version__}") or 0
     hint = "; the same command with --resume goes on from here" if argv[0] == "run" else ""
     return run_command(lambda: _dispatch(*argv), hint=hint)
+
+def _say_every_sign():
+    "A sign that the terminal's encoding lacks is shown as an escape; it stops no command."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper): stream.reconfigure(errors="backslashreplace")
 
 def _dispatch(name, *argv):
     require(name in COMMANDS, f"no command '{name}'{did_you_mean(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")

@@ -56,6 +56,7 @@ def atomic_write(
 ) -> None: # raises `BadInput` when the file cannot be written
     "Write to a temporary name, sync, rename: a reader sees the old file or the new one, never a part of one."
     path = Path(path)
+    require(not os.path.exists(path) or os.path.isfile(path), f"cannot write {path}: it is there, and no ordinary file")
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(tmp, "wb") as f:

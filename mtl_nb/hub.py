@@ -61,11 +61,14 @@ def find_weights(
 ) -> Path: # a file or folder on this disk; raises `BadInput` when there is no such thing, or it cannot be downloaded
     "Where weights are, downloaded if need be."
     text = os.fspath(source)
+    require(text.strip(), "say which weights: the name was empty")
     require(not text.lower().endswith(_PICKLES), f"{text} is a pickle, which can run any code when it is opened, so "
             "it is not opened: build the network yourself and give it in its place")
     files = [place/f"{text}{suffix}" for place in PLACES for suffix in (".safetensors", "")]
     for file in (*(files if len(Path(text).parts) == 1 else ()), Path(text).expanduser()):
-        if file.exists() and revision is None: return file
+        try: there = file.exists()
+        except OSError as e: raise BadInput(f"no weights '{text[:40]}…' ({e.strerror})") from None # such as a long name
+        if there and revision is None: return file
     if _is_hub_id(text): return _from_hub(text, revision)
     require(revision is None, f"a revision needs a name on the hub, user/name, and '{text}' is none")
     project = _by_name(_index()["files"])

@@ -264,6 +264,11 @@ def _by_label(images, labels):
     require(len(pictures) == len(labels), f"{len(pictures)} pictures and {len(labels)} labels: need one a picture")
     return pictures, labels
 
+def _check_name(name):
+    "Can this be the name of a class?"
+    require(name.strip() and name.isprintable(), f"{name!r} cannot be the name of a class: it must be printable")
+    require(name != UNKNOWN, f"'{UNKNOWN}' cannot be the name of a class: it stands for pictures of no class")
+
 class Recognizer:
     "Recognises new classes from a few pictures of each."
     def __init__(self,
@@ -361,6 +366,7 @@ class Recognizer:
         support:dict[str,Tensor], # [n,D] features of the pictures of each class, from `embed`
     ) -> "Recognizer": # itself; with fewer than two classes it has no head
         "Learn classes from features; the order of classes and of pictures does not matter."
+        for name in support: _check_name(name)
         self.support = {k: v[v.double().sum(1).argsort()] for k, v in sorted(support.items())}
         self.head = self.estimate_ = None
         if len(support) < 2: return self
@@ -398,6 +404,7 @@ class Recognizer:
         skipped:dict[int,str]|None=None, # as for `embed`
     ) -> list[Answer]: # one for each picture that can be read; raises `BadInput`
         "The class of each picture, with probabilities."
+        require(top is None or top >= 1, f"top must be at least 1, got {top}")
         pictures = list_pictures(images)
         features = self.embed(pictures, skipped)
         p, classes = self.probabilities(features).sort(dim=1, descending=True, stable=True), list(self.support)
@@ -441,7 +448,7 @@ class Recognizer:
     def save(self,
         path:str|Path, # one file, such as pets.safetensors
     ) -> None: # raises `BadInput` when there is nothing to save, or the place cannot be written to
-        "Save classes, head and preprocessing, and by which weights they were learned; not the weights themselves."
+        "Save classes, head, preprocessing and the name of the weights, in place of what the file held."
         if not self.head: raise BadInput("there is nothing to save: learn at least two classes first")
         inner, counts = (self.model.base.lr, self.model.base.steps), [len(o) for o in self.support.values()]
         record = SavedRecord(list(self.support), counts, self.source, self.record.shot, _digest(self.model),
@@ -457,6 +464,7 @@ class Recognizer:
         device:str|torch.device="cpu", # where the network is to run
     ) -> "Recognizer": # raises `BadInput` if the file is damaged, or the weights are others
         "The recogniser in a file."
+        require(Path(path).is_file(), f"no such file of a recogniser: {path}")
         tensors, record = _read_saved(path)
         require(weights or record.source, f"{path} was learned with a network of your own: give it, weights=…")
         try: r = cls.from_pretrained(weights or record.source, record.preprocessing, record.k_shot, device)
@@ -519,9 +527,10 @@ def sort_pictures(
 ) -> list[Path]: # the copies; raises `BadInput`
     "Copy files into class folders. What is there stays: a name that is taken gets a number."
     out = []
+    for name in {o.name for o in answers}:
+        odd = name in ("", ".", "..") or any(o in name for o in "/\\\0")
+        require(not odd, f"the class {name!r} cannot be the name of a folder")
     for answer in answers:
-        odd = answer.name in ("", ".", "..") or any(o in answer.name for o in "/\\\0")
-        require(not odd, f"the class {answer.name!r} cannot be the name of a folder")
         source, place, number = Path(str(answer.picture)), Path(folder)/answer.name, 1
         copy = place/source.name
         try:

@@ -354,7 +354,7 @@ def test_saved_file(fitted, bank, tmp_path):
     again.fit_features(again.support)
     assert np.allclose(again.predict_proba(bank.x[:20]), fitted.predict_proba(bank.x[:20]), atol=1e-6)
     refused(lambda: Recognizer.load(tmp_path/"a", SMALL), "learned with other weights")
-    refused(lambda: Recognizer.load(tmp_path/"none"), "no such weights file")
+    refused(lambda: Recognizer.load(tmp_path/"none"), "no such file of a recogniser")
     refused(lambda: Recognizer.load(SMALL), "expected 'recognizer'")
     fitted.save(tmp_path/"a")
     own = Recognizer.from_pretrained(SMALL, Preprocessing(32))
@@ -436,7 +436,7 @@ def test_the_commands(pets, bank, capsys, tmp_path):
     ("learn pets -o no/such/place", "cannot write"),
     ("learn pets --device abacus", "abacus"),
     ("recognize x", "required: PICTURES"),
-    ("recognize nothing pets", "no such weights file: nothing"),
+    ("recognize nothing pets", "no such file of a recogniser: nothing"),
     ("recognize x pets --top 0", "--top"),
     ("recognize x pets --sheet sheet.none", "--sheet: cannot write sheet.none"),
     ("recognize x pets --csv no/such/place", "no such folder"),
@@ -459,3 +459,29 @@ def test_bad_commands(pets, capsys, command, words):
 if __name__ == "__main__":
     BUNDLED.mkdir(exist_ok=True)
     make_bundled(BUNDLED/"glyphs.safetensors")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "unknown"])
+def test_names_that_no_class_can_have(name, bank):
+    refused(lambda: Recognizer.from_pretrained("glyphs").fit(bank.x[:4], ["a", "a", name, name]), "the name of a class")
+
+
+def test_nothing_is_written_over_what_is_read(pets, tmp_path, capsys):
+    "Not with --force, either; one file for two outputs, and sorting into the folder itself, are refused at once."
+    file = tmp_path/"pets.safetensors"
+    assert main(["learn", str(pets), "-o", str(file), "-q"]) == 0
+    before, picture = file.read_bytes(), next(p for p in sorted(pets.rglob("*")) if p.is_file())
+    for words in (["--csv", str(file), "--force"], ["--sheet", str(picture), "--force"], ["--sort", str(pets)],
+                  ["--csv", str(tmp_path/"o.png"), "--sheet", str(tmp_path/"o.png")], ["--csv", "/dev/null", "--force"]):
+        assert main(["recognize", str(file), str(pets), *words]) == 2, words
+        assert capsys.readouterr().err.count("\n") == 1
+    assert file.read_bytes() == before and not (tmp_path/"o.png").exists()
+    assert main(["export", "glyphs", "--onnx", str(file)]) == 2 and file.read_bytes() == before
+
+
+def test_a_terminal_without_the_signs(pets, tmp_path):
+    "Names of any script are shown as escapes where the terminal has no such signs."
+    ascii_only = dict(os.environ, PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    command = [sys.executable, "-m", "mtl_nb", "learn", str(pets), "-o", str(tmp_path/"\u732b.safetensors")]
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0 and "\\u732b" in done.stdout, done.stderr
