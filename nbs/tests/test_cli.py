@@ -230,7 +230,7 @@ def test_config_from_a_file(finished, pictures, tmp_path, name):
 def test_compute_matched(finished, pictures, capsys):
     source = finished/"results.json"
     command = f"run --out out --compute-matched {source}"
-    refused(capsys, "leave out --phase1.epochs", f"{command} --phase1.epochs 3", data=pictures)
+    refused(capsys, "leave out --phase1.epochs", f"{command} --phase1.epochs 7777", data=pictures)
     refused(capsys, "leave out --seed", f"{command} --seed 3", data=pictures)
     refused(capsys, "that run is on 'pictures", command, data="glyphs")
     assert mtl(f"run -q --out matched --compute-matched {source}", data=pictures) == 0

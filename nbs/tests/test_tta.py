@@ -324,7 +324,7 @@ def test_saved_weights_are_evaluated_alike(banks, finished, monkeypatch, capsys)
     assert not code, said.err
     for r in results["rows"]:
         if r["protocol"] == "standard": assert f"{r['accuracy']:.2f}" in said.out, (r["method"], said.out)
-    assert "2 views, 90° rotations, max-pooled features, partial within-class whitening" in said.out
+    assert "2 augmented views averaged, 90° rotations, max-pooled features, partial within-class whitening" in said.out
     assert "for whitening" in said.err
 
 
@@ -362,14 +362,14 @@ def test_base_is_for_weights_that_whiten(capsys):
 def test_a_card_says_how_images_were_augmented(finished, tmp_path):
     export_weights(finished[1], tmp_path/"weights")
     card = (tmp_path/"weights/README.md").read_text(encoding="utf-8")
-    for words in ("2 augmented views", "90° rotations", "maximum of each channel", "within-class whitening"):
+    for words in ("2 augmented views", "90° rotations", "max-pooled features", "within-class whitening"):
         assert words in card
 
 
 def test_a_table_says_how_images_were_augmented(finished):
     lines = results_table(finished[0]).split("\n")
     standard, paper = (next(o for o in lines if f"{p} protocol" in o) for p in ("standard", "paper"))
-    assert "2 views, 90° rotations, max-pooled features, partial within-class whitening" in standard
+    assert "2 augmented views averaged, 90° rotations, max-pooled features, partial within-class whitening" in standard
     assert "views" not in paper
 
 
