@@ -280,7 +280,7 @@ def test_a_cache_that_cannot_be_written_to(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("glyphs-quik-s0", "did you mean glyphs-quick-s0"), ("index", "no weights 'index'"), ("", "neither results.json"),
+    ("glyphs-quik-s0", "did you mean glyphs-quick-s0"), ("index", "no weights 'index'"), ("", "the name was empty"),
     ("model.bin", "a pickle"), ("nowhere/at/all", "no weights"), ("./nothing", "no weights"),
     ("some/net.safetensors", "no weights"), ("here/nothing", "no weights 'here/nothing'")])
 def test_no_such_name(monkeypatch, tmp_path, name, words):
