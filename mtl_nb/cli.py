@@ -804,12 +804,14 @@ def _write_sheet(sheet, file):
 def _check_apart(options):
     "Refuse to write over what is read, even with --force, and to sort pictures into the folder they come from."
     pictures = Path(options.pictures).resolve()
-    for option in ("csv", "sheet"):
-        file = getattr(options, option) and Path(getattr(options, option)).resolve()
-        require(not file or file not in (pictures, Path(options.file).resolve()) and not (
-                file.exists() and pictures in file.parents), f"{_flag(option)}: {file} is one of the files to read")
-    sort = Path(options.sort).resolve() if options.sort else None
-    require(not sort or pictures not in (sort, *sort.parents), f"--sort: {options.sort} is the folder of the pictures, "
+    for option, given in (("csv", options.csv), ("sheet", options.sheet)):
+        if given is None: continue
+        file = Path(given).resolve()
+        is_read = file in (pictures, Path(options.file).resolve()) or file.exists() and pictures in file.parents
+        require(not is_read, f"{_flag(option)}: {file} is one of the files to read")
+    if options.sort is None: return
+    sort = Path(options.sort).resolve()
+    require(pictures not in (sort, *sort.parents), f"--sort: {options.sort} is the folder of the pictures, "
             "whose copies would be recognised the next time: choose another")
 
 def mtl_recognize(

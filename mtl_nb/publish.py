@@ -212,8 +212,8 @@ def _untrained(path, label, row, device):
     base = BaseLearner(net.num_features, row["way"], row["head_lr"], row["head_steps"]).to(device)
     model = method.build(net, base, centre)
     set_inner(model, row["lr"], row["steps"])
-    told = {k: row[k] for k in ("way", "shot", "lr", "steps")}
-    return Weights(method, model.requires_grad_(False), record | dict(method=method.label, **told))
+    settings = {k: row[k] for k in ("way", "shot", "lr", "steps")}
+    return Weights(method, model.requires_grad_(False), record | dict(method=method.label, **settings))
 
 def load_weights(
     path:Path, # a run folder, an exported or a published folder, or one weights file

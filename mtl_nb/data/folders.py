@@ -498,7 +498,7 @@ def _columns(features, image, label):
     return image, label
 
 def _pairs(dataset, image, label):
-    "(picture, label) one after another, and the names of the classes, None if they are not told."
+    "(picture, label) one after another, and the names of the classes, None if it does not name them."
     has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     items = (dataset[i] for i in range(len(dataset))) if has_length else iter(dataset)
     if isinstance(features := getattr(dataset, "features", None), dict) and hasattr(dataset, "column_names"):

@@ -312,8 +312,8 @@ def with_overrides(
         flat[name] = list(value) if isinstance(value, tuple) else value
     made = _convert(nest(flat))
     names = {*_settings(config.overrides), *(o for o in changes if o not in EVALUATION)}
-    told = ", ".join(f"{o}={json.dumps(_at(made, o))}" for o in sorted(names))
-    return replace(made, preset="; ".join([made.base_preset, told]) if told else made.base_preset)
+    listed = ", ".join(f"{o}={json.dumps(_at(made, o))}" for o in sorted(names))
+    return replace(made, preset="; ".join([made.base_preset, listed]) if listed else made.base_preset)
 
 def _at(config, name): # a value by its dotted name, None where its part is None
     out = json.loads(json.dumps(asdict(config)))
