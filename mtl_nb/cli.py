@@ -757,12 +757,12 @@ def mtl_learn(
     from mtl_nb.recognize import Recognizer
     skipped:dict[int,str]|None = {} if options.skip_bad else None
     with redirect_stdout(sys.stderr):
-        # What is wrong with the folder is said before the weights are loaded, and other files are named only once.
-        with redirect_stdout(StringIO()): class_files(options.folder)
+        files = class_files(options.folder) # what is wrong with the folder is said before the weights are loaded
+        pictures, labels = zip(*((path, name) for name, paths in files.items() for path in paths))
         preprocessing = Preprocessing(options.size) if options.size else None
         device = find_device(options.device)
         recognizer = Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
-        recognizer.fit(options.folder, skipped=skipped)
+        recognizer.fit(pictures, labels, skipped)
     _say_skipped(skipped or {})
     recognizer.save(file)
     estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
@@ -855,7 +855,7 @@ def mtl_export(
     if argv and argv[0][:1] != "-": argv = ["--weights", *argv]
     options = _parse_simple("export", "Write a network as an ONNX file.", (ExportOptions, OutputOptions), argv)
     require(options.weights and options.onnx, "say what to export, and where to: mtl export WEIGHTS --onnx FILE")
-    _check_free(options.force, onnx=options.onnx, json=Path(options.onnx).with_suffix(".json"))
+    for file in (options.onnx, Path(options.onnx).with_suffix(".json")): _check_free(options.force, onnx=file)
     require(options.size is None or 16 <= options.size <= 2048, f"--size must be from 16 to 2048, got {options.size}")
     from mtl_nb.data.folders import Preprocessing
     from mtl_nb.onnx import export_onnx
