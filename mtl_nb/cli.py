@@ -365,7 +365,7 @@ def _final_config(options, config, changes):
     require(not options.backbone or Path(options.backbone).is_file(), f"--backbone: no such file: {options.backbone}")
     require(not config.backbone or options.backbone, f"the run of {options.config} took its backbone from another run: "
             "give that weights file with --backbone")
-    if options.methods: config = replace(config, methods=parse_methods(options.methods))
+    if "methods" in options.given: config = replace(config, methods=parse_methods(options.texts["methods"]))
     if options.seed is not None:
         phases = {o: replace(getattr(config, o), seed=options.seed) for o in ("phase1", "phase2")}
         config = replace(config, seed=options.seed, **phases)

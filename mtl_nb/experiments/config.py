@@ -174,7 +174,7 @@ def _renamed(preset, names): # the text of a preset and its overrides, under oth
 def _legacy(config):
     "The config's values under the names, and in the form, of old records; younger fields only where they are set."
     flat, plain = config.fields, ExperimentConfig().fields
-    young = {k for k in plain if k in ("arch", "hard.random", "hard.other")} | {
+    young = {k for k in plain if k in ("arch", "hard.random", "hard.other", "phase1.ema", "phase1.keep_best")} | {
         "tta.views", "tta.rotations", "tta.max_pool", "tta.whitening"}
     for part in ("phase1", "phase2"):
         if flat.get(f"{part}.augment.zoom") == 1: del flat[f"{part}.augment.zoom"]

@@ -44,7 +44,7 @@ from ..train.distributed import Runtime, Team
 from ..train.meta_train import MTL, meta_state
 from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
 from ..train.pretrain import pretrain as pretrain_epochs
-from ..train.pretrain import pretrain_state
+from ..train.pretrain import kept_weights, pretrain_state
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0003
 LOG = logging.getLogger("mtl_nb")
@@ -220,26 +220,39 @@ def _validate_backbone(job, net):
     correct = evaluate_features(feats, make_exam(job.banks["val"], shape, 1, 500), head, team=job.team)
     return correct.double().mean().item()/(shape.n_way*shape.n_query)
 
+def _better(best, record, model):
+    "The better of the best check so far and this one, with its weights."
+    if best is not None and record["val"] <= best["val"]: return best
+    weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    return dict(epoch=record["epoch"], val=record["val"], weights=weights)
+
 def _pretrain_round(job, n, teacher, clock):
     "One round, begun or resumed: the trained classifier, frozen."
     (cfg, state), folder, runtime = _start_round(job, n), job.folder, job.runtime
     if saved := folder.load_state(_round_name(n)):
         state.load_state_dict(saved["train"])
         clock.before = saved["seconds"]
+    best = (saved or {}).get("best")
+    kept, checks = kept_weights(state), 20 if cfg.keep_best else 5
     objective = make_objective(job.config.objective, len(job.banks["train"].names), teacher)
     total, compiled = cfg.epochs*job.config.objective.rounds, runtime.compile(state.model)
     for record in pretrain_epochs(state, job.banks["train"], cfg, job.team, compiled, objective):
         epoch = record["epoch"] = record["epoch"] + n*cfg.epochs
-        if epoch % max(1, total//5) == 0 or epoch == total:
-            record["val"] = _validate_backbone(job, state.model.net)
+        if epoch % max(1, total//checks) == 0 or epoch == total:
+            record["val"] = _validate_backbone(job, kept.net)
+            if cfg.keep_best: best = _better(best, record, kept)
         job.record(phase=1, **record)
         seen = f", {job.config.shots[0]}-shot on val {100*record['val']:.1f} %" if "val" in record else ""
         job.say(f"phase 1: epoch {epoch}/{total}, loss {record['loss']:.3f}, "
                 f"base accuracy {100*record['accuracy']:.1f} %{seen}")
         if state.done == cfg.epochs or runtime.should_checkpoint(folder.saved_at):
-            folder.save_state(_round_name(n), train=state, seconds=clock.seconds)
+            more = {} if best is None else dict(best=best)
+            folder.save_state(_round_name(n), train=state, seconds=clock.seconds, **more)
             runtime.check_deadline()
-    return state.model.eval().requires_grad_(False)
+    if best is not None:
+        kept.load_state_dict(best["weights"])
+        job.say(f"phase 1: kept are the weights after epoch {best['epoch']}, the best on val")
+    return kept.eval().requires_grad_(False)
 
 # %% ../../nbs/39_experiments.run.ipynb #8dc665a9
 def save_backbone(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..core import BadInput, atomic_write, read_json, require, sha256
 from ..data.folders import Preprocessing
@@ -229,13 +230,15 @@ class TrainState:
     opt:torch.optim.Optimizer # with its moments
     g:torch.Generator # drives shuffling and augmentation
     done:int=0 # epochs or tasks so far
+    average:AveragedModel|None=None # a running mean of the model's weights, if there is one
     def _changing(self):
         names = {k for k, p in self.model.named_parameters() if p.requires_grad}
         names |= {k for k, _ in self.model.named_buffers()}
         return {k: v for k, v in self.model.state_dict().items() if k in names}
     def state_dict(self) -> dict:
-        "Its four parts; of the model, only what is not frozen."
-        return {"model": self._changing(), "opt": self.opt.state_dict(), "g": self.g.get_state(), "done": self.done}
+        "Its parts; of the model, only what is not frozen."
+        parts = {"model": self._changing(), "opt": self.opt.state_dict(), "g": self.g.get_state(), "done": self.done}
+        return parts if self.average is None else parts | {"average": self.average.state_dict()}
     def load_state_dict(self,
         state:dict, # from `state_dict` of a `TrainState` around the same model
     ) -> None: # raises `BadInput` when it belongs to another model
@@ -246,6 +249,7 @@ class TrainState:
         self.opt.load_state_dict(state["opt"])
         self.g.set_state(state["g"])
         self.done = state["done"]
+        if self.average is not None: self.average.load_state_dict(state["average"])
         for p, moments in self.opt.state.items(): # in the memory format of the weights
             for k, v in moments.items():
                 if isinstance(v, Tensor) and v.shape == p.shape and v.stride() != p.stride():

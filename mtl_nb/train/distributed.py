@@ -173,7 +173,7 @@ class Runtime:
         model:torch.nn.Module, # in training, images of one shape
     ) -> Callable|None: # what to call in its place; None: the model itself
         "The compiled model, if `compiled` is set."
-        return torch.compile(model) if self.compiled else None
+        return torch.compile(model, dynamic=False) if self.compiled else None
     def check_deadline(self) -> None: # raises `DeadlineReached`, in all processes at once
         "Stop if the deadline has passed. Called right after a checkpoint."
         if self.deadline == inf: return

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import require
+from ..data.bank import send
 from .distributed import autocast
 
 # %% ../../nbs/36_train.objectives.ipynb #b5a58ba8
@@ -51,11 +52,9 @@ def rotate_some(
     require(x.shape[2] == x.shape[3],
             f"only square images can be rotated by 90°, these are {x.shape[2]} by {x.shape[3]} pixels")
     r = torch.randint(1, 4, (len(x),), generator=g)*(torch.rand(len(x), generator=g) < share)
-    out = x.clone()
-    for k in (1, 2, 3):
-        idx = (r == k).nonzero()[:, 0].to(x.device)
-        out[idx] = x[idx].rot90(k, (2, 3))
-    return out, r.to(x.device)
+    r, out = send(r, x.device), x
+    for k in (1, 2, 3): out = torch.where((r == k)[:, None, None, None], x.rot90(k, (2, 3)), out)
+    return out, r
 
 # %% ../../nbs/36_train.objectives.ipynb #1f96ca24
 def mix_images(
@@ -67,7 +66,7 @@ def mix_images(
     with torch.random.fork_rng(devices=[]): # `Beta` takes no generator
         torch.manual_seed(torch.randint(2**31, (), generator=g).item())
         lam = torch.distributions.Beta(alpha, alpha).sample().item()
-    lam, other = max(lam, 1 - lam), torch.randperm(len(x), generator=g).to(x.device)
+    lam, other = max(lam, 1 - lam), send(torch.randperm(len(x), generator=g), x.device)
     return lam*x + (1 - lam)*x[other], other, lam
 
 # %% ../../nbs/36_train.objectives.ipynb #72867372
