@@ -17,7 +17,7 @@ from mtl_nb.evaluation.meta_test import Protocol
 from mtl_nb.experiments.config import compute_matched, preset
 from mtl_nb.experiments.records import make_row, results_table
 from mtl_nb.experiments.run import EarlyStopping, plot_curves, run
-from mtl_nb.methods.base import load_model
+from mtl_nb.methods.base import get_method, load_model
 from mtl_nb.train.checkpoints import RunFolder, load, load_backbone, save
 from mtl_nb.train.distributed import DeadlineReached, Runtime
 
@@ -40,7 +40,7 @@ def killed_after(n, monkeypatch):
 @pytest.fixture(scope="module")
 def banks():
     torch.set_num_threads(1)
-    return {k: b.subset(range(n)) for (k, b), n in zip(glyphs(0).items(), (6, 5, 5))}
+    return {k: b.subset(range(n)).first(20) for (k, b), n in zip(glyphs(0).items(), (6, 5, 5))}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,16 @@ ROWS = ("FT [Θ4;θ]", "SS [Θ;θ], batch statistics", "update [Θ;θ]", "update
 FILES = ["ft-theta4-1shot.safetensors", "mtl-batch-statistics-1shot.safetensors", "pretrain.safetensors"]
 
 @pytest.fixture(scope="module")
-def ablated(banks, config, tmp_path_factory):
+def few_rates():
+    "`update [Θ;θ]` adapts all weights at two rates, up to ten steps; its whole grid is run in test_golden."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(get_method("update [Θ;θ]"), "inner_rates", (0., 0.01))
+        m.setattr(get_method("update [Θ;θ]"), "inner_steps", (5, 10))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ablated(banks, config, few_rates, tmp_path_factory):
     out = tmp_path_factory.mktemp("rows")/"run"
     few = replace(config, methods=ROWS, phase2=replace(config.phase2, tasks=16), eval_every=8, eval_tasks=12)
     return run(few, banks, out), few, out
