@@ -2,8 +2,9 @@
 import json
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ def killed_after(n, monkeypatch):
         if left[0] == 0: raise Killed
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(RunFolder, "save_state", save_and_raise)
+        yield
+
+@contextmanager
+def short_grid(*labels):
+    "These methods choose from two rates and two numbers of steps; whole grids are run in test_golden."
+    with ExitStack() as stack:
+        for m in map(get_method, labels):
+            stack.enter_context(patch.multiple(m, inner_rates=m.inner_rates[:2], inner_steps=m.inner_steps[:2]))
         yield
 
 
@@ -244,19 +253,10 @@ ROWS = ("FT [Θ4;θ]", "SS [Θ;θ], batch statistics", "update [Θ;θ]", "update
 FILES = ["ft-theta4-1shot.safetensors", "mtl-batch-statistics-1shot.safetensors", "pretrain.safetensors"]
 
 @pytest.fixture(scope="module")
-def few_rates():
-    "`update [Θ;θ]` adapts all weights at two rates, up to ten steps; its whole grid is run in test_golden."
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(get_method("update [Θ;θ]"), "inner_rates", (0., 0.01))
-        m.setattr(get_method("update [Θ;θ]"), "inner_steps", (5, 10))
-        yield
-
-
-@pytest.fixture(scope="module")
-def ablated(banks, config, few_rates, tmp_path_factory):
+def ablated(banks, config, tmp_path_factory):
     out = tmp_path_factory.mktemp("rows")/"run"
     few = replace(config, methods=ROWS, phase2=replace(config.phase2, tasks=16), eval_every=8, eval_tasks=12)
-    return run(few, banks, out), few, out
+    with short_grid("update [Θ;θ]"): return run(few, banks, out), few, out
 
 
 def test_ablations(ablated):
@@ -289,8 +289,9 @@ def test_an_ablation_with_a_tensor_missing_is_rejected(ablated, tmp_path):
 
 def test_ablations_killed_and_resumed(ablated, banks, tmp_path, monkeypatch):
     expected, few, _ = ablated
-    with killed_after(4, monkeypatch): run(few, banks, tmp_path/"run")
-    assert same(run(few, banks, tmp_path/"run", resume=True), expected)
+    with short_grid("update [Θ;θ]"):
+        with killed_after(4, monkeypatch): run(few, banks, tmp_path/"run")
+        assert same(run(few, banks, tmp_path/"run", resume=True), expected)
 
 
 def test_unknown_and_doubled_methods(banks, config, tmp_path):

@@ -170,7 +170,7 @@ def images(tmp_path_factory):
 FILES = ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors",
          "recipe.json", "results.json"]
 
-SHORT = "--phase1.epochs 1 --phase2.tasks 16 --eval-every 8 --select-tasks 20".split()
+SHORT = "--widths 4,4,8,8 --phase1.epochs 1 --phase2.tasks 16 --eval-every 8 --select-tasks 20".split()
 
 def test_command_in_two_processes(images, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
