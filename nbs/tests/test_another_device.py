@@ -17,7 +17,7 @@ from mtl_nb.experiments.run import run
 from mtl_nb.methods.base import load_model
 from mtl_nb.train.distributed import Runtime
 from mtl_nb.train.objectives import ObjectiveConfig
-from test_run import banks, config, killed_after, same  # noqa: F401
+from test_run import banks, config, killed_after, same, short_grid  # noqa: F401
 
 THERE, plain_tensor = torch.device("lazy"), torch.tensor # a device type of PyTorch's that nobody here computes on
 
@@ -82,6 +82,11 @@ def test_devices_do_not_mix_by_themselves(pretended):
     w = torch.nn.Linear(4, 2).to(THERE)
     w(x).sum().backward()
     assert w.weight.grad.device.type == "lazy" and w.weight.grad.sum() == 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    with short_grid("MAML 4-conv", "MAML ResNet-12, first order"): yield
 
 
 SHORT = dict(eval_tasks=4, select_tasks=4, eval_every=8)

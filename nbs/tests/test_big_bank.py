@@ -83,4 +83,4 @@ def test_errors_come_through_and_threads_end():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     bank = mapped(sys.argv[1], 10)
-    print(bank.x.numel()/1e9, train_on(bank, 12))
+    print(bank.x.numel()/1e9, train_on(bank, 6))

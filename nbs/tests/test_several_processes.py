@@ -170,10 +170,12 @@ def images(tmp_path_factory):
 FILES = ["curves.png", "log.jsonl", "mtl-1shot.safetensors", "mtl-ht-1shot.safetensors", "pretrain.safetensors",
          "recipe.json", "results.json"]
 
+SHORT = "--widths 4,4,8,8 --phase1.epochs 1 --phase2.tasks 16 --eval-every 8 --select-tasks 20".split()
+
 def test_command_in_two_processes(images, tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
     command = [sys.executable, "-m", "mtl_nb", "run", "--data", images, "--size", "16", "--eval-tasks", "40",
-               "--query", "5", "--shots", "1", "--device", "cpu", "--out", tmp_path/"run"]
+               "--query", "5", "--shots", "1", "--device", "cpu", "--out", tmp_path/"run", *SHORT]
     printed, codes = two(*command)
     assert codes == [0, 0], printed
     assert "MTL + HT" in printed[0][0] and printed[1] == ("", ""), "only the first process prints"
