@@ -60,6 +60,8 @@ def find_weights(
     revision:str|None=None, # branch, tag or commit, for a name on the hub; None: the newest
 ) -> Path: # a file or folder on this disk; raises `BadInput` when there is no such thing, or it cannot be downloaded
     "Where weights are, downloaded if need be."
+    require(isinstance(source, str | Path),
+            f"weights are a name, a file or a folder, such as \"glyphs\"; got {type(source).__name__}")
     text = os.fspath(source)
     require(text.strip(), "say which weights: the name was empty")
     require(not text.lower().endswith(_PICKLES), f"{text} is a pickle, which can run any code when it is opened, so "

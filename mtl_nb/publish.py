@@ -21,6 +21,7 @@ from .methods.base import METHODS, Method, get_method, load_model, set_inner
 from .models.backbones import is_pretrained
 from .models.base_learner import BaseLearner
 from .train.checkpoints import backbone_path, halve_phi, load, load_backbone, save
+from .train.distributed import pick_device
 from .train.meta_train import MTL
 
 # %% ../nbs/27_publish.ipynb #fe534a57
@@ -223,7 +224,7 @@ def load_weights(
     way:int=5, # N, for a backbone alone
 ) -> Weights: # method, model and record; raises `BadInput`
     "A model from disk, ready to be evaluated."
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), pick_device(device)
     require(path.exists(), f"no such weights: {path}")
     if path.is_dir():
         label, k_shot, file = _choose(path, method, k_shot)
@@ -233,6 +234,8 @@ def load_weights(
         row = rows[label] | dict(head_lr=head["lr"], head_steps=head["steps"])
         return _untrained(file, label, row, device)
     record = load(path)[1]
+    require(record.get("kind") != "recognizer", f"{path} is a saved recogniser. It holds classes and no weights: "
+            f"those it was learned with are '{record.get('source')}'")
     if record.get("kind") != "backbone":
         weights = Weights(*load_model(path, device))
         require(method is None or get_method(method) is weights.method,

@@ -355,7 +355,7 @@ def test_saved_file(fitted, bank, tmp_path):
     assert np.allclose(again.predict_proba(bank.x[:20]), fitted.predict_proba(bank.x[:20]), atol=1e-6)
     refused(lambda: Recognizer.load(tmp_path/"a", SMALL), "learned with other weights")
     refused(lambda: Recognizer.load(tmp_path/"none"), "no such file of a recogniser")
-    refused(lambda: Recognizer.load(SMALL), "expected 'recognizer'")
+    refused(lambda: Recognizer.load(SMALL), "holds weights ('backbone') and no recogniser", "mtl learn")
     fitted.save(tmp_path/"a")
     own = Recognizer.from_pretrained(SMALL, Preprocessing(32))
     shutil.copy(SMALL, tmp_path/"w.safetensors")
