@@ -742,14 +742,14 @@ class LearnOptions:
     skip_bad:bool=False # go on without pictures that cannot be read, and list them
     force:bool=False # overwrite the file
 
-def _check_free(force, **files):
+def _check_free(force, hint="", **files):
     "Refuse to overwrite."
     given = {k: v for k, v in files.items() if v is not None}
     require(len({Path(o).resolve() for o in given.values()}) == len(given),
             f"{' and '.join(map(_flag, given))} name the same file")
     for option, file in given.items():
         require(not Path(file).is_dir(), f"{_flag(option)} must name a file, {file} is a folder")
-        require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it")
+        require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it{hint}")
         require(Path(file).absolute().parent.is_dir(), f"{_flag(option)}: cannot write {file}: there is no such folder")
 
 def _say_skipped(skipped):
@@ -786,7 +786,7 @@ def mtl_learn(
     classes = LearnOptions, ComputeOptions, OutputOptions
     options = _parse_simple("learn", "Learn to recognise classes from a few pictures of each.", classes, argv)
     file = options.out or options.add_to or f"{Path(options.folder).resolve().name}.safetensors"
-    _check_free(options.force or file == options.add_to, out=file)
+    _check_free(options.force or file == options.add_to, f", --add-to {file} adds to it", out=file)
     require(options.size is None or 1 <= options.size <= 2048, f"--size must be from 1 to 2048, got {options.size}")
     from mtl_nb.data.folders import class_files
     skipped:dict[int,str] = {}

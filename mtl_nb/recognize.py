@@ -280,12 +280,17 @@ def _by_label(images, labels, least=2):
         require(isinstance(images, str | Path), "give a folder that holds class folders, or pictures and their labels")
         found = class_files(images, least)
         return [p for paths in found.values() for p in paths], [name for name, o in found.items() for _ in o]
-    pictures = list_pictures(images)
-    try: labels = np.asarray(labels).reshape(-1).tolist()
-    except (TypeError, ValueError): raise BadInput("labels are a list with the name of a class for each picture") from None
+    pictures, labels = list_pictures(images), _label_list(labels)
     require(len(pictures) == len(labels), f"{len(pictures)} pictures and {len(labels)} labels: need one a picture")
-    for i, o in enumerate(labels): require(o is not None and o == o, f"picture number {i + 1} has no label")
+    for i, o in enumerate(labels):
+        named = isinstance(o, str | int | float | np.generic) and o == o # not a number is no label
+        require(named, f"picture number {i + 1} has the label {o!r:.40}, which is no name of a class")
     return pictures, [str(o) for o in labels]
+
+def _label_list(labels):
+    if isinstance(labels, np.ndarray | Tensor): return labels.reshape(-1).tolist()
+    if isinstance(labels, str) or not isinstance(labels, Iterable): return [labels]
+    return [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in labels]
 
 def _warn_of_look_alikes(names):
     "Names that differ only in case, spaces, hyphens or underscores are often one class by mistake."
