@@ -578,8 +578,9 @@ def _trained_config(path):
 def _check_test(options):
     require(options.weights is not None, "say which weights to evaluate: --weights RUN_FOLDER, FILE or NAME")
     from mtl_nb.models.backbones import FAMILIES
-    require(options.weights.partition("/")[0] not in FAMILIES, f"--weights {options.weights}: mtl test is for weights of a run; "
-            f"to evaluate this network: mtl run --methods none --arch {options.weights}")
+    family, slash, _ = options.weights.partition("/")
+    require(not slash or family not in FAMILIES, f"--weights {options.weights}: mtl test is for weights of a run. "
+            f"This network is evaluated by mtl run --methods none --arch {options.weights}")
     require(options.split in ("train", "val", "test"), f"--split is train, val or test, got '{options.split}'")
     require(options.way is None or options.way >= 2, f"--way must be at least 2, got {options.way}")
     require(options.size is None or options.size >= 16, f"--size must be at least 16 pixels, got {options.size}")
@@ -735,7 +736,7 @@ class LearnOptions:
     out:str|None=None
     # learn beside what this file of mtl learn knows: new classes, or more pictures of its classes
     add_to:str|None=None
-    # the network that sees: one of {weights}, torchvision/NAME, timm/NAME, USER/NAME of the hub, a run folder, or a file
+    # the network that sees: {weights}, torchvision/NAME, timm/NAME, USER/NAME of the hub, a run folder, or a file
     weights:str="glyphs"
     shots:int|None=None # of a run's weights, those meta-trained for so many pictures a class; if not given: the most
     size:int|None=None # pixels a side, for weights that do not say it
@@ -749,7 +750,8 @@ def _check_free(force, hint="", **files):
             f"{' and '.join(map(_flag, given))} name the same file")
     for option, file in given.items():
         require(not Path(file).is_dir(), f"{_flag(option)} must name a file, {file} is a folder")
-        require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it{hint}")
+        free = force or not Path(file).exists()
+        require(free, f"{_flag(option)}: {file} is there already: --force overwrites it{hint}")
         require(Path(file).absolute().parent.is_dir(), f"{_flag(option)}: cannot write {file}: there is no such folder")
 
 def _say_skipped(skipped):

@@ -180,9 +180,10 @@ def _front_matter(data): # name of the data set, or a folder
             "- meta-transfer-learning", "---", ""]
 
 def _card(name, results):
-    "The card of `publish`, for a folder that stands where it was downloaded to."
-    text = card(name, results).replace("from mtl_nb.publish import load_weights", "from mtl_nb import from_pretrained")
-    text = text.replace("load_weights(", "from_pretrained(").replace(f"data/weights/{name}", name)
+    "The card of `publish`, with what a hub reads, and how to get the package."
+    install = ["## How to use it", "", "```", f"pip install 'mtl_nb[hub] @ git+{_index()['repository']}'", "```", "",
+               f"From the hub it is `USER/{name}`, with the name of its owner, in place of `{name}`."]
+    text = card(name, results).replace("## How to use it\n", "\n".join([*install, ""]))
     return "\n".join([*_front_matter(results["data"]["name"]), text])
 
 def save_pretrained(

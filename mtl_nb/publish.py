@@ -101,12 +101,12 @@ def _python_lines(name, config, methods):
     split, size = config.eval_split, f", size={config.size}" if config.size else ""
     if is_pretrained(config.arch): size = ", size=model.backbone.preprocessing"
     return [
+        "from mtl_nb import from_pretrained",
         "from mtl_nb.data.datasets import load_data",
         "from mtl_nb.data.episodes import TaskShape",
         "from mtl_nb.evaluation.meta_test import Protocol",
-        "from mtl_nb.publish import load_weights",
         "",
-        f'method, model, record = load_weights("data/weights/{name}", "{label}", k_shot={k})',
+        f'method, model, record = from_pretrained("{name}", "{label}", k_shot={k})',
         f'bank = load_data("{config.data}"{size}, need=("{split}",))["{split}"]',
         f'protocol = Protocol("standard", TaskShape({config.way}, {k}, {config.query}), tasks=1000)',
         f'print(method.evaluate(model, bank, [protocol], "{split}")[0])']
@@ -134,8 +134,9 @@ def card(
     phi = ", scales and shifts in float16 differences from 1 and 0" if methods else ""
     saved = "All weights are in float32."
     if rounded: saved = f"Convolution weights are saved in float16{phi}, everything else in float32."
-    shell = f"mtl test --weights data/weights/{name} --data {data}"
-    if config.eval_split == "val": shell += " --split val"
+    split = " --split val" if config.eval_split == "val" else ""
+    shell = [f"mtl learn FOLDER --weights {name} # your own classes: pictures in FOLDER/CLASS/",
+             f"mtl test --weights {name} --data {data}{split}"]
     terms = _TERMS.get(data, f"The weights were learned from the images of `{data}` and are meant for research on "
                        "them; the terms of that set, if it has any, are its own.")
     return "\n".join([
@@ -143,8 +144,11 @@ def card(
         f"A {arch}{widths}, trained on `{data}`{size}.{trained} {saved}", "",
         "## Results", "", "```", results_table(results).rstrip(), "```", "", _cautions(config, methods, rounded), "",
         "## How it was made", "", *_made_lines(config, results), "",
-        "## How to use it", "", "All files of the folder belong together. From the shell:", "",
-        "```", shell, "```", "", "In Python (`root=` of `load_data` says where the images lie):", "",
+        "## How to use it", "",
+        "Weights that the package `mtl_nb` offers are found by their name alone, and downloaded on first use. "
+        f"Of others give the path of the folder in place of `{name}`. All files of the folder belong together. "
+        "From the shell:", "",
+        "```", *shell, "```", "", "In Python (`root=` of `load_data` says where the images lie):", "",
         "```python", *_python_lines(name, config, methods), "```", "",
         "## Licence", "", f"The code is under the Apache License 2.0. {terms}", ""])
 

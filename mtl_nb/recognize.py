@@ -297,7 +297,8 @@ def _warn_of_look_alikes(names):
     first:dict[str,str] = {}
     for name in names:
         other = first.setdefault(re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold() or name, name)
-        if other != name: _LOG.warning(f"'{other}' and '{name}' are learned as two classes: if they are one, use one name")
+        if other == name: continue
+        _LOG.warning(f"'{other}' and '{name}' are learned as two classes: if they are one, use one name")
 
 def _check_name(name):
     "Can this be the name of a class?"

@@ -49,7 +49,8 @@ def pick_device(
         if gpus > 1 and rank: name = f"cuda:{rank}"
     if name == "auto": return here[0]
     try: asked = torch.device(name)
-    except (RuntimeError, TypeError): raise BadInput(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+    except (RuntimeError, TypeError):
+        raise BadInput(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
     for device in here:
         if (device.type, device.index or 0) == (asked.type, asked.index or 0): return device
     raise BadInput(f"device '{name}' is not here: this machine has {', '.join(map(str, here))}")
