@@ -743,6 +743,9 @@ class LearnOptions:
     skip_bad:bool=False # go on without pictures that cannot be read, and list them
     force:bool=False # overwrite the file
 
+_OTHER_WEIGHTS = ("the weights are 'glyphs', a small network for drawn signs: for photographs choose others, "
+                  "such as --weights torchvision/resnet18")
+
 def _check_free(force, hint="", **files):
     "Refuse to overwrite."
     given = {k: v for k, v in files.items() if v is not None}
@@ -801,6 +804,7 @@ def mtl_learn(
         learn(pictures, labels, skipped)
     if not options.skip_bad: _require_readable(skipped)
     _say_skipped(skipped)
+    if not {"weights", "add_to"} & {*options.given}: LOG.info(_OTHER_WEIGHTS)
     _save_recognizer(recognizer, file, options.json)
 
 @dataclass
@@ -864,6 +868,14 @@ def _write_csv(answers, file):
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
 
+def _check_sheet(file):
+    "Is the kind of picture known? It is said before anything is done."
+    from PIL import Image
+    Image.init()
+    kinds = {o for o, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    known = file is None or Path(file).suffix.lower() in kinds
+    require(known, f"--sheet: cannot write {file}: a picture's name ends in .png or .jpg, such as sheet.png")
+
 def _write_sheet(sheet, file):
     try: sheet.save(file)
     except (ValueError, OSError) as e: raise BadInput(f"--sheet: cannot write {file}: {e}") from None
@@ -890,6 +902,7 @@ def mtl_recognize(
     require(options.top >= 1, f"--top must be at least 1, got {options.top}")
     _check_free(options.force, csv=options.csv, sheet=options.sheet)
     _check_apart(options)
+    _check_sheet(options.sheet)
     from mtl_nb.data.folders import picture_files
     from mtl_nb.recognize import Recognizer, answer_sheet, sort_pictures
     recognizer = Recognizer.load(options.file, options.weights, find_device(options.device))

@@ -267,12 +267,10 @@ def _nearest(features, support, own=False):
         out.append(cosine.amax(1))
     return torch.cat(out)
 
-def _with_new(there, new):
-    "[n,D] the features of both; a picture that is there already is passed over."
+def _not_there(new, there):
+    "[n,D] the features of pictures that are not learned already."
     distance = torch.cdist(F.normalize(new), F.normalize(there), compute_mode="donot_use_mm_for_euclid_dist")
-    fresh = (distance > 1e-4).all(1)
-    if not fresh.all(): _LOG.info(f"passed over {int((~fresh).sum())} of {len(new)} pictures: they are learned already")
-    return torch.cat([there, new[fresh]])
+    return new[(distance > 1e-4).all(1)]
 
 def _by_label(images, labels, least=2):
     "Pictures and the name of the class of each; from a folder of class folders when there are no labels."
@@ -397,8 +395,11 @@ class Recognizer:
         names = np.array([o for i, o in enumerate(labels) if i not in bad])
         why = {labels[i]: message for i, message in bad.items() if labels[i] not in names}
         require(not why, next((f"no picture of '{k}' can be read: {v}" for k, v in why.items()), ""))
-        new = {o: features[torch.from_numpy(names == o)] for o in {*labels}}
-        self.fit_features(before | {k: _with_new(before[k], v) if k in before else v for k, v in new.items()})
+        given = {o: features[torch.from_numpy(names == o)] for o in {*labels}}
+        new = {k: _not_there(v, before[k]) if k in before else v for k, v in given.items()}
+        known = len(features) - sum(map(len, new.values()))
+        if known: _LOG.info(f"passed over {known} of {len(features)} pictures: they are learned already")
+        self.fit_features(before | {k: torch.cat([before.get(k, v[:0]), v]) for k, v in new.items()})
         _warn_of_look_alikes(self.support)
         return self
     def add(self,
@@ -524,7 +525,9 @@ class Recognizer:
     ) -> "Recognizer": # raises `BadInput` if the file is damaged, or the weights are others
         "The recogniser in a file."
         _check_path(path)
-        require(Path(path).is_file(), f"no such file of a recogniser: {path}")
+        near = Path(f"{path}.safetensors")
+        hint = f" (did you mean {near}?)" if near.is_file() else ", it is a folder" if Path(path).is_dir() else ""
+        require(Path(path).is_file(), f"no such file of a recogniser: {path}{hint}")
         tensors, record = _read_saved(path)
         require(weights or record.source, f"{path} was learned with a network of your own: give it, weights=…")
         device = pick_device(device)

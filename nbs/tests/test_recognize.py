@@ -468,7 +468,9 @@ def test_sorting_leaves_no_folder(fitted, bank, tmp_path):
 def test_the_commands(pets, bank, capsys, tmp_path):
     new = write(tmp_path/"new", bank, range(3), 50, 54)
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 0
-    assert capsys.readouterr().out.startswith("p.safetensors: 3 classes, 6 pictures; about ")
+    out, err = capsys.readouterr()
+    assert out.startswith("p.safetensors: 3 classes, 6 pictures; about ") and "for photographs choose others" in err
+    assert main("recognize p new".split()) == 2 and "did you mean p.safetensors?" in capsys.readouterr().err
     before = Path("p.safetensors").read_bytes()
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 2 and "--force" in capsys.readouterr().err
     assert Path("p.safetensors").read_bytes() == before
@@ -537,7 +539,7 @@ def test_no_cell_of_a_spreadsheet_is_a_formula(pets, bank, capsys):
     ("forget x", "required: CLASSES"),
     ("forget x nobody", "no class 'nobody'"),
     ("forget nothing nobody", "no such file of a recogniser: nothing"),
-    ("recognize pets pets", "no such file of a recogniser: pets"),
+    ("recognize pets pets", "no such file of a recogniser: pets, it is a folder"),
     ("test --weights x --data glyphs", "x is a saved recogniser"),
     ("test --weights glyhps --data glyphs", "did you mean glyphs"),
     ("test --weights torchvision/resnet18", "mtl run --methods none --arch torchvision/resnet18"),
@@ -550,6 +552,8 @@ def test_no_cell_of_a_spreadsheet_is_a_formula(pets, bank, capsys):
     ("learn pets --device abacus", "abacus"),
     ("recognize x", "required: PICTURES"),
     ("recognize nothing pets", "no such file of a recogniser: nothing"),
+    ("recognize pets x", "no such file of a recogniser: pets, it is a folder"),
+    ("recognize x pets --sheet sheet --sort sorted", "such as sheet.png"),
     ("recognize x pets --top 0", "--top"),
     ("recognize x pets --sheet sheet.none", "--sheet: cannot write sheet.none"),
     ("recognize x pets --csv no/such/place", "no such folder"),
