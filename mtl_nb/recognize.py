@@ -387,7 +387,8 @@ class Recognizer:
         skipped:dict[int,str]|None=None, # as for `embed`
     ) -> "Recognizer": # itself; raises `BadInput`
         "Learn more classes, or more pictures of a class, beside those of before. A picture is learned once."
-        return self._learn(self.support, *_by_label(images, labels, least=1), skipped)
+        pictures, labels = _by_label(images, labels, least=1)
+        return self._learn(self.support, pictures, labels, skipped)
     def _learn(self, before, pictures, labels, skipped):
         bad:dict[int,str] = {}
         features = self.embed(pictures, None if skipped is None else bad)

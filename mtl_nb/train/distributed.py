@@ -35,7 +35,7 @@ def _from_environment(
     return int(text)
 
 def pick_device(
-    name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
+    name:str|torch.device="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device: # raises `BadInput` when it is unknown or not here
     "The device of that name, or the best one here; of several processes, each gets its own GPU."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
