@@ -527,8 +527,9 @@ class Recognizer:
         "The recogniser in a file."
         _check_path(path)
         near = Path(f"{path}.safetensors")
-        hint = f" (did you mean {near}?)" if near.is_file() else ", it is a folder" if Path(path).is_dir() else ""
-        require(Path(path).is_file(), f"no such file of a recogniser: {path}{hint}")
+        hint = f" (did you mean {near}?)" if near.is_file() else ""
+        wrong = f"{path} is a folder" if Path(path).is_dir() else f"no such file of a recogniser: {path}"
+        require(Path(path).is_file(), f"{wrong}{hint}: give a file that `save` or mtl learn has written")
         tensors, record = _read_saved(path)
         require(weights or record.source, f"{path} was learned with a network of your own: give it, weights=…")
         device = pick_device(device)
