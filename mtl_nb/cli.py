@@ -9,8 +9,8 @@ __all__ = ['LOG', 'STOPPED', 'DEADLINE', 'BAD_INPUT', 'COMMANDS', 'OVERVIEW', 'r
            'ComputeOptions', 'OutputOptions', 'RunOptions', 'read_value', 'make_parser', 'add_options', 'parse',
            'config_fields', 'add_config_options', 'read_changes', 'import_plugins', 'registry_words', 'find_device',
            'run_parser', 'read_run_options', 'mtl_run', 'TestOptions', 'load_models', 'mtl_test', 'ResultsOptions',
-           'mtl_results', 'BenchOptions', 'mtl_bench', 'LearnOptions', 'mtl_learn', 'RecognizeOptions', 'mtl_recognize',
-           'ExportOptions', 'mtl_export', 'main']
+           'mtl_results', 'BenchOptions', 'mtl_bench', 'LearnOptions', 'mtl_learn', 'ForgetOptions', 'mtl_forget',
+           'RecognizeOptions', 'mtl_recognize', 'ExportOptions', 'mtl_export', 'main']
 
 # %% ../nbs/22_cli.ipynb #78f001c5
 import argparse
@@ -315,11 +315,13 @@ def registry_words() -> dict[str,str]: # for the comments of options
     "What the registries hold, in the words of the help."
     from mtl_nb.data.datasets import DATASETS
     from mtl_nb.experiments.config import PRESETS
+    from mtl_nb.hub import weights_names
     from mtl_nb.methods.base import METHODS
     slugs = [m.slug for m in METHODS.values() if not m.hard]
     groups = dict.fromkeys(m.group for m in METHODS.values())
     return dict(
         datasets=", ".join(DATASETS), downloads=", ".join(k for k, o in DATASETS.items() if o.download),
+        weights=", ".join(weights_names()),
         presets="; ".join(f"{k}: {make.__doc__}" for k, make in PRESETS.items()),
         methods=f"{', '.join(slugs)}; those that are meta-trained also with -ht, for hard tasks; "
                 f"groups: {', '.join(groups)}; or none")
@@ -529,7 +531,8 @@ def mtl_run(
 @dataclass
 class TestOptions:
     "the evaluation"
-    weights:str|None=None # a run folder, or one weights file with the file of its backbone beside it
+    # a run folder, a weights file with the file of its backbone beside it, one of {weights}, or USER/NAME of the hub
+    weights:str|None=None
     split:str="test" # the split to evaluate on: train, val or test
     # for weights that whiten features: the data set or folder whose train split holds their base classes
     base:str|None=None
@@ -573,7 +576,11 @@ def _trained_config(path):
 
 # %% ../nbs/22_cli.ipynb #4703d8d4
 def _check_test(options):
-    require(options.weights is not None, "say which weights to evaluate: --weights RUN_FOLDER or --weights FILE")
+    require(options.weights is not None, "say which weights to evaluate: --weights RUN_FOLDER, FILE or NAME")
+    from mtl_nb.models.backbones import FAMILIES
+    family, slash, _ = options.weights.partition("/")
+    require(not slash or family not in FAMILIES, f"--weights {options.weights}: mtl test is for weights of a run. "
+            f"This network is evaluated by mtl run --methods none --arch {options.weights}")
     require(options.split in ("train", "val", "test"), f"--split is train, val or test, got '{options.split}'")
     require(options.way is None or options.way >= 2, f"--way must be at least 2, got {options.way}")
     require(options.size is None or options.size >= 16, f"--size must be at least 16 pixels, got {options.size}")
@@ -628,8 +635,10 @@ def mtl_test(
     from mtl_nb.data.datasets import load_data
     from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
+    from mtl_nb.hub import find_weights
     from mtl_nb.train.checkpoints import recorded_preprocessing
-    path, (data, name), device = Path(options.weights), _data_name(options, "glyphs"), find_device(options.device)
+    (data, name), device = _data_name(options, "glyphs"), find_device(options.device)
+    path = find_weights(options.weights)
     models = load_models(path, options.shots or (1, 5), options.way or 5, device)
     _only_for_backbones(options, models)
     (config, digest), record = _trained_config(path), _backbone_record(path)
@@ -723,26 +732,57 @@ def mtl_bench(
 class LearnOptions:
     "what is learned"
     folder:str # holds a folder of pictures for each class: FOLDER/CLASS/*
-    out:str|None=None # the file to write; if not given: the name of the folder, with .safetensors
-    # the network that sees: a run folder, a weights file, torchvision/NAME, timm/NAME, or a name of weights that ship
+    # the file to write; if not given: the name of the folder, with .safetensors, or the file of --add-to
+    out:str|None=None
+    # learn beside what this file of mtl learn knows: new classes, or more pictures of its classes
+    add_to:str|None=None
+    # the network that sees: {weights}, torchvision/NAME, timm/NAME, USER/NAME of the hub, a run folder, or a file
     weights:str="glyphs"
     shots:int|None=None # of a run's weights, those meta-trained for so many pictures a class; if not given: the most
     size:int|None=None # pixels a side, for weights that do not say it
     skip_bad:bool=False # go on without pictures that cannot be read, and list them
     force:bool=False # overwrite the file
 
-def _check_free(force, **files):
+_OTHER_WEIGHTS = ("the weights are 'glyphs', a small network for drawn signs: for photographs choose others, "
+                  "such as --weights torchvision/resnet18")
+
+def _check_free(force, hint="", **files):
     "Refuse to overwrite."
     given = {k: v for k, v in files.items() if v is not None}
     require(len({Path(o).resolve() for o in given.values()}) == len(given),
             f"{' and '.join(map(_flag, given))} name the same file")
     for option, file in given.items():
         require(not Path(file).is_dir(), f"{_flag(option)} must name a file, {file} is a folder")
-        require(force or not Path(file).exists(), f"{_flag(option)}: {file} is there already: --force overwrites it")
+        free = force or not Path(file).exists()
+        require(free, f"{_flag(option)}: {file} is there already: --force overwrites it{hint}")
         require(Path(file).absolute().parent.is_dir(), f"{_flag(option)}: cannot write {file}: there is no such folder")
 
 def _say_skipped(skipped):
     for message in skipped.values(): LOG.warning(f"  left out: {message.partition(': replace or delete')[0]}")
+
+def _require_readable(skipped):
+    "Without --skip-bad, one picture that cannot be read is enough to stop."
+    more = f" (and {len(skipped) - 1} more that cannot be read)" if len(skipped) > 1 else ""
+    require(not skipped, f"{next(iter(skipped.values()), '')}{more}, or go on without: --skip-bad")
+
+def _start_learning(options):
+    "A recogniser without classes, or the one of --add-to."
+    from mtl_nb.data.folders import Preprocessing
+    from mtl_nb.recognize import Recognizer
+    device = find_device(options.device)
+    if not options.add_to:
+        preprocessing = Preprocessing(options.size) if options.size else None
+        return Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
+    for name in ("shots", "size"):
+        require(name not in options.given, f"{_flag(name)}: {options.add_to} says with which weights it was learned: "
+                f"leave out {_flag(name)}")
+    return Recognizer.load(options.add_to, options.weights if "weights" in options.given else None, device)
+
+def _save_recognizer(recognizer, file, as_json):
+    recognizer.save(file)
+    estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
+    if not as_json: return print(f"{file}: {recognizer.summary}")
+    print(json.dumps(dict(file=file, classes=counts, estimate=estimate and estimate._asdict()), ensure_ascii=False))
 
 def mtl_learn(
     argv:Sequence[str], # the options
@@ -750,34 +790,58 @@ def mtl_learn(
     "The command `mtl learn`."
     classes = LearnOptions, ComputeOptions, OutputOptions
     options = _parse_simple("learn", "Learn to recognise classes from a few pictures of each.", classes, argv)
-    file = options.out or f"{Path(options.folder).resolve().name}.safetensors"
-    _check_free(options.force, out=file)
+    file = options.out or options.add_to or f"{Path(options.folder).resolve().name}.safetensors"
+    _check_free(options.force or file == options.add_to, f", --add-to {file} adds to it", out=file)
     require(options.size is None or 1 <= options.size <= 2048, f"--size must be from 1 to 2048, got {options.size}")
-    from mtl_nb.data.folders import Preprocessing, class_files
-    from mtl_nb.recognize import Recognizer
-    skipped:dict[int,str]|None = {} if options.skip_bad else None
+    from mtl_nb.data.folders import class_files
+    skipped:dict[int,str] = {}
     with redirect_stdout(sys.stderr):
-        files = class_files(options.folder) # what is wrong with the folder is said before the weights are loaded
+        # what is wrong with the folder is said before the weights are loaded
+        files = class_files(options.folder, 1 if options.add_to else 2)
         pictures, labels = zip(*((path, name) for name, paths in files.items() for path in paths))
-        preprocessing = Preprocessing(options.size) if options.size else None
-        device = find_device(options.device)
-        recognizer = Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
-        recognizer.fit(pictures, labels, skipped)
-    _say_skipped(skipped or {})
-    recognizer.save(file)
-    estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
-    if not options.json: return print(f"{file}: {recognizer.summary}")
-    print(json.dumps(dict(file=file, classes=counts, estimate=estimate and estimate._asdict()), ensure_ascii=False))
+        recognizer = _start_learning(options)
+        learn = recognizer.partial_fit if options.add_to else recognizer.fit
+        learn(pictures, labels, skipped)
+    if not options.skip_bad: _require_readable(skipped)
+    _say_skipped(skipped)
+    if not {"weights", "add_to"} & {*options.given}: LOG.info(_OTHER_WEIGHTS)
+    _save_recognizer(recognizer, file, options.json)
+
+@dataclass
+class ForgetOptions:
+    "what is forgotten"
+    file:str # written by mtl learn
+    classes:str # the names of classes, with commas between
+    out:str|None=None # the file to write; if not given: FILE itself
+    weights:str|None=None # where the weights are that it was learned with; if not given: where they were
+    force:bool=False # overwrite the file of --out
+
+def mtl_forget(
+    argv:Sequence[str], # the options
+) -> None:
+    "The command `mtl forget`."
+    classes = ForgetOptions, ComputeOptions, OutputOptions
+    options = _parse_simple("forget", "Take classes out of what mtl learn has learned.", classes, argv)
+    file = options.out or options.file
+    _check_free(options.force or file == options.file, out=file)
+    from mtl_nb.recognize import Recognizer
+    recognizer = Recognizer.load(options.file, options.weights, find_device(options.device))
+    known, names = recognizer.support, [options.classes] # a name may hold a comma
+    if options.classes not in known: names = [o.strip() for o in options.classes.split(",")]
+    for name in names: recognizer.remove(name)
+    require(recognizer.head, f"at least two classes must be left, and {options.file} has {', '.join(known)}")
+    _save_recognizer(recognizer, file, options.json)
 
 # %% ../nbs/22_cli.ipynb #c0de2202
 @dataclass
 class RecognizeOptions:
     "what is recognised"
     file:str # written by mtl learn
-    pictures:str # a picture, or a folder that holds pictures or folders with pictures
+    # a picture, or a folder that holds pictures or folders with pictures; what cannot be read is left out, and listed
+    pictures:str
     top:int=1 # classes to name for each picture
     unknown:bool=False # a picture that resembles none that was learned is called unknown
-    csv:str|None=None # write the answers to this file, too
+    csv:str|None=None # write the answers to this file, too, such as answers.csv
     sheet:str|None=None # draw the pictures with their answers into this file, such as sheet.png
     sort:str|None=None # copy each picture into this folder, into a folder of its class; nothing is overwritten
     weights:str|None=None # where the weights are that it was learned with; if not given: where they were
@@ -788,14 +852,29 @@ def _answer_line(answer):
     ranked = ", ".join(f"{name} {100*p:.0f} %" for name, p in answer.probabilities.items())
     return f"{answer.picture}: {answer.name} ({ranked})"
 
+def _cell(text):
+    "A name as a spreadsheet shows it: with a quotation mark before what it would compute as a formula."
+    return f"'{text}" if str(text)[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
 def _write_csv(answers, file):
     "A line a picture."
     ranks = range(1, 1 + len(answers[0].probabilities))
     heads = ["picture", "answer", *(o for i in ranks for o in (f"class {i}", f"probability {i}"))]
-    rows = [[o.picture, o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))] for o in answers]
+    rows = []
+    for picture, name, probabilities in answers:
+        ranked = (v for k, p in probabilities.items() for v in (_cell(k), round(p, 4)))
+        rows.append([_cell(picture), _cell(name), *ranked])
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
+
+def _check_sheet(file):
+    "Is the kind of picture known? It is said before anything is done."
+    from PIL import Image
+    Image.init()
+    kinds = {o for o, kind in Image.registered_extensions().items() if kind in Image.SAVE}
+    known = file is None or Path(file).suffix.lower() in kinds
+    require(known, f"--sheet: cannot write {file}: a picture's name ends in .png or .jpg, such as sheet.png")
 
 def _write_sheet(sheet, file):
     try: sheet.save(file)
@@ -823,6 +902,7 @@ def mtl_recognize(
     require(options.top >= 1, f"--top must be at least 1, got {options.top}")
     _check_free(options.force, csv=options.csv, sheet=options.sheet)
     _check_apart(options)
+    _check_sheet(options.sheet)
     from mtl_nb.data.folders import picture_files
     from mtl_nb.recognize import Recognizer, answer_sheet, sort_pictures
     recognizer = Recognizer.load(options.file, options.weights, find_device(options.device))
@@ -834,7 +914,8 @@ def mtl_recognize(
     if options.csv: _write_csv(answers, options.csv)
     if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
     if not options.json: return print("\n".join(map(_answer_line, answers)))
-    print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
+    found = [dict(picture=o.picture, answer=o.name, probabilities=o.probabilities) for o in answers]
+    print(json.dumps(dict(answers=found, left_out=list(skipped.values())), ensure_ascii=False))
 
 # %% ../nbs/22_cli.ipynb #0e29a001
 @dataclass
@@ -867,14 +948,15 @@ def mtl_export(
     LOG.info(f"The network is in {options.onnx}, and how to use it in {Path(options.onnx).with_suffix('.json')}")
 
 # %% ../nbs/22_cli.ipynb #e7d65e5d
-COMMANDS = dict(learn=mtl_learn, recognize=mtl_recognize, run=mtl_run, test=mtl_test, results=mtl_results,
-                bench=mtl_bench, export=mtl_export)
+COMMANDS = dict(learn=mtl_learn, recognize=mtl_recognize, forget=mtl_forget, run=mtl_run, test=mtl_test,
+                results=mtl_results, bench=mtl_bench, export=mtl_export)
 OVERVIEW = """usage: mtl COMMAND [options]
 
 Meta-transfer learning: few-shot classification of images.
 
   mtl learn      learn to recognise classes from a few pictures of each
   mtl recognize  say which of the learned classes pictures show
+  mtl forget     take classes out of what was learned
   mtl run        pre-train, meta-train, and evaluate on classes never seen
   mtl test       evaluate saved weights on classes they have never seen
   mtl results    make the tables and figures from recorded runs

@@ -21,6 +21,7 @@ from .methods.base import METHODS, Method, get_method, load_model, set_inner
 from .models.backbones import is_pretrained
 from .models.base_learner import BaseLearner
 from .train.checkpoints import backbone_path, halve_phi, load, load_backbone, save
+from .train.distributed import pick_device
 from .train.meta_train import MTL
 
 # %% ../nbs/27_publish.ipynb #fe534a57
@@ -100,12 +101,12 @@ def _python_lines(name, config, methods):
     split, size = config.eval_split, f", size={config.size}" if config.size else ""
     if is_pretrained(config.arch): size = ", size=model.backbone.preprocessing"
     return [
+        "from mtl_nb import from_pretrained",
         "from mtl_nb.data.datasets import load_data",
         "from mtl_nb.data.episodes import TaskShape",
         "from mtl_nb.evaluation.meta_test import Protocol",
-        "from mtl_nb.publish import load_weights",
         "",
-        f'method, model, record = load_weights("data/weights/{name}", "{label}", k_shot={k})',
+        f'method, model, record = from_pretrained("{name}", "{label}", k_shot={k})',
         f'bank = load_data("{config.data}"{size}, need=("{split}",))["{split}"]',
         f'protocol = Protocol("standard", TaskShape({config.way}, {k}, {config.query}), tasks=1000)',
         f'print(method.evaluate(model, bank, [protocol], "{split}")[0])']
@@ -133,8 +134,9 @@ def card(
     phi = ", scales and shifts in float16 differences from 1 and 0" if methods else ""
     saved = "All weights are in float32."
     if rounded: saved = f"Convolution weights are saved in float16{phi}, everything else in float32."
-    shell = f"mtl test --weights data/weights/{name} --data {data}"
-    if config.eval_split == "val": shell += " --split val"
+    split = " --split val" if config.eval_split == "val" else ""
+    shell = [f"mtl learn FOLDER --weights {name} # your own classes: pictures in FOLDER/CLASS/",
+             f"mtl test --weights {name} --data {data}{split}"]
     terms = _TERMS.get(data, f"The weights were learned from the images of `{data}` and are meant for research on "
                        "them; the terms of that set, if it has any, are its own.")
     return "\n".join([
@@ -142,8 +144,11 @@ def card(
         f"A {arch}{widths}, trained on `{data}`{size}.{trained} {saved}", "",
         "## Results", "", "```", results_table(results).rstrip(), "```", "", _cautions(config, methods, rounded), "",
         "## How it was made", "", *_made_lines(config, results), "",
-        "## How to use it", "", "All files of the folder belong together. From the shell:", "",
-        "```", shell, "```", "", "In Python (`root=` of `load_data` says where the images lie):", "",
+        "## How to use it", "",
+        "Weights that the package `mtl_nb` offers are found by their name alone, and downloaded on first use. "
+        f"Of others give the path of the folder in place of `{name}`. All files of the folder belong together. "
+        "From the shell:", "",
+        "```", *shell, "```", "", "In Python (`root=` of `load_data` says where the images lie):", "",
         "```python", *_python_lines(name, config, methods), "```", "",
         "## Licence", "", f"The code is under the Apache License 2.0. {terms}", ""])
 
@@ -223,7 +228,7 @@ def load_weights(
     way:int=5, # N, for a backbone alone
 ) -> Weights: # method, model and record; raises `BadInput`
     "A model from disk, ready to be evaluated."
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), pick_device(device)
     require(path.exists(), f"no such weights: {path}")
     if path.is_dir():
         label, k_shot, file = _choose(path, method, k_shot)
@@ -233,6 +238,8 @@ def load_weights(
         row = rows[label] | dict(head_lr=head["lr"], head_steps=head["steps"])
         return _untrained(file, label, row, device)
     record = load(path)[1]
+    require(record.get("kind") != "recognizer", f"{path} is a saved recogniser. It holds classes and no weights: "
+            f"those it was learned with are '{record.get('source')}'")
     if record.get("kind") != "backbone":
         weights = Weights(*load_model(path, device))
         require(method is None or get_method(method) is weights.method,

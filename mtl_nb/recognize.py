@@ -11,9 +11,13 @@ __all__ = ['Inner', 'UNKNOWN', 'read_pixels', 'list_pictures', 'balanced_heads',
 
 # %% ../nbs/20_recognize.ipynb #20c0de04
 import hashlib
+import logging
 import os
+import re
 import shutil
+import unicodedata
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
@@ -39,6 +43,7 @@ from .models.backbones import FAMILIES, Pretrained, build_backbone, check_backbo
 from .models.base_learner import BaseLearner
 from .publish import load_weights, weights_in
 from .train.checkpoints import load, save
+from .train.distributed import pick_device
 from .train.meta_train import MTL
 
 # %% ../nbs/20_recognize.ipynb #20c0de0c
@@ -66,7 +71,9 @@ def list_pictures(
     "One picture or many, as a list."
     if isinstance(images, str | Path): return picture_files(images)
     if isinstance(images, Image.Image): return [images]
-    if isinstance(images, np.ndarray | Tensor): return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, np.ndarray | Tensor): return list(images) if images.ndim in (1, 4) else [images]
+    several = isinstance(images, Iterable) and not isinstance(images, dict | bytes)
+    require(several, f"pictures are a file, a folder, an image, or a list of these; got {type(images).__name__}")
     images = list(images)
     require(images, "no pictures were given")
     return images
@@ -174,6 +181,9 @@ def load_extractor(
     method:str|None=None, # of a run folder: its label, an alias or its slug; None: MTL, or the linear head alone
 ) -> tuple[MTL,Preprocessing,WeightsRecord]: # raises `BadInput`
     "What turns pictures into features, from wherever it comes."
+    require(isinstance(preprocessing, Preprocessing | None),
+            f"preprocessing is a Preprocessing, such as Preprocessing(32); got {type(preprocessing).__name__}")
+    require(isinstance(k_shot, int | None), f"k_shot is a number of pictures; got {type(k_shot).__name__}")
     if isinstance(source, nn.Module) or _is_library(source):
         net = source if isinstance(source, nn.Module) else build_backbone(str(source))
         own = getattr(net, "preprocessing", None)
@@ -219,7 +229,9 @@ class SavedRecord(msgspec.Struct):
 
 def _read_saved(path):
     "Tensors and record of a saved recogniser, checked."
-    tensors, record = load(Path(path), "recognizer")
+    tensors, record = load(Path(path))
+    require(record.get("kind") == "recognizer", f"{path} holds weights ('{record.get('kind')}') and no recogniser: "
+            f"learn one on them first, in the shell with mtl learn FOLDER --weights {path}")
     record = _convert(record, SavedRecord, path)
     n, n_way, d = sum(record.counts), len(record.classes), tensors.get("support", torch.zeros(0, 0)).shape[-1]
     expected = dict(support=(n, d), weight=(n_way, d), bias=(n_way,))
@@ -238,6 +250,7 @@ def _digest(model):
 
 # %% ../nbs/20_recognize.ipynb #20c0de1e
 UNKNOWN = "unknown"
+_LOG = logging.getLogger("mtl_nb")
 
 class Answer(NamedTuple):
     "What a picture shows."
@@ -254,20 +267,44 @@ def _nearest(features, support, own=False):
         out.append(cosine.amax(1))
     return torch.cat(out)
 
-def _by_label(images, labels):
+def _not_there(new, there):
+    "[n,D] the features of pictures that are not learned already."
+    distance = torch.cdist(F.normalize(new), F.normalize(there), compute_mode="donot_use_mm_for_euclid_dist")
+    return new[(distance > 1e-4).all(1)]
+
+def _by_label(images, labels, least=2):
     "Pictures and the name of the class of each; from a folder of class folders when there are no labels."
     if labels is None:
         require(isinstance(images, str | Path), "give a folder that holds class folders, or pictures and their labels")
-        found = class_files(images)
+        found = class_files(images, least)
         return [p for paths in found.values() for p in paths], [name for name, o in found.items() for _ in o]
-    pictures, labels = list_pictures(images), [str(o) for o in np.asarray(labels).reshape(-1).tolist()]
+    pictures, labels = list_pictures(images), _label_list(labels)
     require(len(pictures) == len(labels), f"{len(pictures)} pictures and {len(labels)} labels: need one a picture")
-    return pictures, labels
+    for i, o in enumerate(labels):
+        named = isinstance(o, str | int | float | np.generic) and o == o # not a number is no label
+        require(named, f"picture number {i + 1} has the label {o!r:.40}, which is no name of a class")
+    return pictures, [str(o) for o in labels]
+
+def _label_list(labels):
+    if isinstance(labels, np.ndarray | Tensor): return labels.reshape(-1).tolist()
+    if isinstance(labels, str) or not isinstance(labels, Iterable): return [labels]
+    return [o.item() if isinstance(o, Tensor) and o.numel() == 1 else o for o in labels]
+
+def _warn_of_look_alikes(names):
+    "Names that differ only in case, spaces, hyphens or underscores are often one class by mistake."
+    first:dict[str,str] = {}
+    for name in names:
+        other = first.setdefault(re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold() or name, name)
+        if other == name: continue
+        _LOG.warning(f"'{other}' and '{name}' are learned as two classes: if they are one, use one name")
 
 def _check_name(name):
     "Can this be the name of a class?"
     require(name.strip() and name.isprintable(), f"{name!r} cannot be the name of a class: it must be printable")
     require(name != UNKNOWN, f"'{UNKNOWN}' cannot be the name of a class: it stands for pictures of no class")
+
+def _check_path(path):
+    require(isinstance(path, str | os.PathLike), f"a recogniser is kept in a file: give its path, not {path!r:.40}")
 
 class Recognizer:
     "Recognises new classes from a few pictures of each."
@@ -292,6 +329,7 @@ class Recognizer:
         device:str|torch.device="cpu", # where the network is to run
     ) -> "Recognizer": # without classes; raises `BadInput`
         "A recogniser on the features of a trained network."
+        device = pick_device(device)
         model, preprocessing, record = load_extractor(source, preprocessing, k_shot)
         return cls(model.to(device), preprocessing, _address(source), record)
     @property
@@ -314,8 +352,9 @@ class Recognizer:
         def read(i):
             try: return self.preprocessing(read_pixels(pictures[i]))
             except Exception as e:
-                item = pictures[i] if isinstance(pictures[i], str | Path) else f"number {i + 1}"
-                return unreadable(item, e)
+                item = f"number {i + 1}"
+                if isinstance(pictures[i], str | Path): item = os.path.expanduser(pictures[i])
+                return unreadable(item, e).removesuffix(", or go on without it: --skip-bad")
         pictures, out = list_pictures(images), []
         bad:dict[int,str] = {}
         device = self.model.base.weight.device
@@ -341,25 +380,42 @@ class Recognizer:
         "Learn classes, and forget those of before."
         pictures, labels = _by_label(images, labels)
         require(len({*labels}) >= 2, f"only one class ({labels[0]}): at least two are needed")
+        return self._learn({}, pictures, labels, skipped)
+    def partial_fit(self,
+        images, # as for `fit`; one class will do
+        labels=None, # as for `fit`
+        skipped:dict[int,str]|None=None, # as for `embed`
+    ) -> "Recognizer": # itself; raises `BadInput`
+        "Learn more classes, or more pictures of a class, beside those of before. A picture is learned once."
+        pictures, labels = _by_label(images, labels, least=1)
+        return self._learn(self.support, pictures, labels, skipped)
+    def _learn(self, before, pictures, labels, skipped):
         bad:dict[int,str] = {}
         features = self.embed(pictures, None if skipped is None else bad)
         if skipped is not None: skipped |= bad
         names = np.array([o for i, o in enumerate(labels) if i not in bad])
-        lost = {*labels} - {*names.tolist()}
-        require(not lost, f"no picture of '{min(lost, default='')}' can be read")
-        return self.fit_features({o: features[torch.from_numpy(names == o)] for o in {*labels}})
+        why = {labels[i]: message for i, message in bad.items() if labels[i] not in names}
+        require(not why, next((f"no picture of '{k}' can be read: {v}" for k, v in why.items()), ""))
+        given = {o: features[torch.from_numpy(names == o)] for o in {*labels}}
+        new = {k: _not_there(v, before[k]) if k in before else v for k, v in given.items()}
+        known = len(features) - sum(map(len, new.values()))
+        if known: _LOG.info(f"passed over {known} of {len(features)} pictures: they are learned already")
+        self.fit_features(before | {k: torch.cat([before.get(k, v[:0]), v]) for k, v in new.items()})
+        _warn_of_look_alikes(self.support)
+        return self
     def add(self,
         name:str, # of a new class, or of one that is there
         images, # its pictures, as for `list_pictures`
     ) -> "Recognizer": # itself; raises `BadInput`
         "Learn a class, or more pictures of one."
-        features = self.embed(images)
-        there = self.support.get(str(name), features[:0])
-        return self.fit_features(self.support | {str(name): torch.cat([there, features])})
+        require(isinstance(name, str | int | np.generic), f"the name of a class is text; got {type(name).__name__}")
+        pictures = list_pictures(images)
+        return self.partial_fit(pictures, [name]*len(pictures))
     def remove(self,
         name:str, # of a class
     ) -> "Recognizer": # itself; raises `BadInput` when there is no such class
         "Forget a class."
+        name = str(name)
         require(name in self.support, f"there is no class '{name}'{did_you_mean(name, self.support)}")
         return self.fit_features({k: v for k, v in self.support.items() if k != name})
     def fit_features(self,
@@ -404,12 +460,13 @@ class Recognizer:
         skipped:dict[int,str]|None=None, # as for `embed`
     ) -> list[Answer]: # one for each picture that can be read; raises `BadInput`
         "The class of each picture, with probabilities."
-        require(top is None or top >= 1, f"top must be at least 1, got {top}")
+        whole = top is None or isinstance(top, int | np.integer) and top >= 1
+        require(whole, f"top must be a whole number of at least 1, got {top}")
         pictures = list_pictures(images)
         features = self.embed(pictures, skipped)
         p, classes = self.probabilities(features).sort(dim=1, descending=True, stable=True), list(self.support)
         odd = [False]*len(features)
-        if unknown is not False:
+        if not (isinstance(unknown, bool | np.bool_) and not unknown):
             odd = (_nearest(features, torch.cat(list(self.support.values()))) < self.threshold(unknown)).tolist()
         good, out = [o for i, o in enumerate(pictures) if i not in (skipped or ())], []
         for picture, values, order, strange in zip(good, p.values[:, :top], p.indices[:, :top], odd):
@@ -435,7 +492,10 @@ class Recognizer:
         unknown:bool|float=True, # True: as calibrated, or what 95 % of the learned pictures reach; a number: itself
     ) -> float: # a cosine; raises `BadInput` if nothing is known
         "The similarity to the nearest learned picture below which a picture is unknown."
-        if unknown is not True: return float(unknown)
+        if not isinstance(unknown, bool | np.bool_):
+            good = isinstance(unknown, int | float | np.number)
+            require(good, f"unknown is True, False, or the least similarity, such as 0.5; got {unknown!r}")
+            return float(unknown)
         counts = [len(o) for o in self.support.values()]
         if self.record.unknown:
             calibrated = self.record.unknown.similarity
@@ -449,6 +509,7 @@ class Recognizer:
         path:str|Path, # one file, such as pets.safetensors
     ) -> None: # raises `BadInput` when there is nothing to save, or the place cannot be written to
         "Save classes, head, preprocessing and the name of the weights, in place of what the file held."
+        _check_path(path)
         if not self.head: raise BadInput("there is nothing to save: learn at least two classes first")
         inner, counts = (self.model.base.lr, self.model.base.steps), [len(o) for o in self.support.values()]
         record = SavedRecord(list(self.support), counts, self.source, self.record.shot, _digest(self.model),
@@ -464,9 +525,14 @@ class Recognizer:
         device:str|torch.device="cpu", # where the network is to run
     ) -> "Recognizer": # raises `BadInput` if the file is damaged, or the weights are others
         "The recogniser in a file."
-        require(Path(path).is_file(), f"no such file of a recogniser: {path}")
+        _check_path(path)
+        near = Path(f"{path}.safetensors")
+        hint = f" (did you mean {near}?)" if near.is_file() else ""
+        wrong = f"{path} is a folder" if Path(path).is_dir() else f"no such file of a recogniser: {path}"
+        require(Path(path).is_file(), f"{wrong}{hint}: give a file that `save` or mtl learn has written")
         tensors, record = _read_saved(path)
         require(weights or record.source, f"{path} was learned with a network of your own: give it, weights=…")
+        device = pick_device(device)
         try: r = cls.from_pretrained(weights or record.source, record.preprocessing, record.k_shot, device)
         except BadInput as e: raise BadInput(f"{path} needs the weights that it was learned with: {e}") from None
         require(_digest(r.model) == record.backbone_sha256, f"{path} was learned with other weights than "

@@ -160,11 +160,12 @@ def _images_in(where, name):
 
 def class_files(
     root, # folder that holds one folder a class
+    least:int=2, # classes
 ) -> dict[str,list[str]]: # image paths by class name, both in order of name; raises `BadInput`
     "List the images that lie directly in each class folder."
     root, out, other = Path(os.path.expanduser(root)), {}, []
     folders, files = _children(root)
-    if len(folders) < 2 or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
+    if len(folders) < least or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
         name, where = unicodedata.normalize("NFC", folder), os.path.join(root, folder)
         require(_say(name) == name,

@@ -13,7 +13,7 @@ __all__ = ['BACKBONES', 'FAMILIES', 'register_backbone', 'register_family', 'bac
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,19 @@ def torchvision_backbone(
     return Pretrained(without_classifier(net), expects, str(weights))
 
 # %% ../../nbs/25_models.backbones.ipynb #f0208ac5
+@contextmanager
+def _cache_if_offline() -> Iterator[None]:
+    "Where the hub cannot be reached, its library takes what is in its cache; else it would try again for a minute."
+    try: from huggingface_hub import constants, get_session
+    except ImportError:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    try: get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception: constants.HF_HUB_OFFLINE = True # of whatever the library uses for its connection
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
 @register_family("timm")
 def timm_backbone(
     name:str, # of a model, such as "resnet18" or "resnet18.a1_in1k"
@@ -202,7 +215,8 @@ def timm_backbone(
     require(base in names, f"timm has no model '{base}'{did_you_mean(base, names)}")
     advice = "connect to the network for the first use, or choose other weights: timm.list_pretrained() names them"
     make = partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
-    net = _fetch(make, f"timm/{name}", pretrained, advice)
+    with _cache_if_offline() if pretrained else nullcontext():
+        net = _fetch(make, f"timm/{name}", pretrained, advice)
     how, weights = timm.data.resolve_model_data_config(net), net.pretrained_cfg
     expects = Preprocessing(how["input_size"][1], how["crop_pct"], _interpolation(how["interpolation"]),
                             tuple(how["mean"]), tuple(how["std"]))

@@ -35,7 +35,7 @@ def _from_environment(
     return int(text)
 
 def pick_device(
-    name:str="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
+    name:str|torch.device="auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device: # raises `BadInput` when it is unknown or not here
     "The device of that name, or the best one here; of several processes, each gets its own GPU."
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -49,7 +49,8 @@ def pick_device(
         if gpus > 1 and rank: name = f"cuda:{rank}"
     if name == "auto": return here[0]
     try: asked = torch.device(name)
-    except RuntimeError: raise BadInput(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+    except (RuntimeError, TypeError):
+        raise BadInput(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
     for device in here:
         if (device.type, device.index or 0) == (asked.type, asked.index or 0): return device
     raise BadInput(f"device '{name}' is not here: this machine has {', '.join(map(str, here))}")

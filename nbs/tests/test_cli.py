@@ -153,7 +153,7 @@ def test_out_of_another_program(pictures, capsys):
 def test_weights_of_another_program(pictures, capsys, tmp_path):
     Path("w.safetensors").write_bytes(b"not weights at all")
     refused(capsys, "w.safetensors", "test --weights w.safetensors", data=pictures)
-    refused(capsys, "no such", "test --weights none.safetensors", data=pictures)
+    refused(capsys, "no weights 'none.safetensors'", "test --weights none.safetensors", data=pictures)
     refused(capsys, "--weights", "test", data=pictures)
     refused(capsys, "results.json", f"test --weights {tmp_path}", data=pictures)
 

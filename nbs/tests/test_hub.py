@@ -15,7 +15,9 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
 
+import mtl_nb.cli
 import mtl_nb.hub
 from mtl_nb import __version__
 from mtl_nb.cli import main
@@ -305,6 +307,26 @@ def test_from_the_hub(monkeypatch, published, bank):
     assert r.preprocessing.size == 32 and r.record.shot == 5 and address("user/glyphs") == "user/glyphs"
     here = Recognizer.from_pretrained(published).fit(bank.x[:30], bank.y[:30])
     assert (r.fit(bank.x[:30], bank.y[:30]).predict(bank.x) == here.predict(bank.x)).all()
+
+
+def test_the_commands_take_the_same_names(monkeypatch, tmp_path, published, capsys):
+    "`mtl test` and `mtl learn`: a name of the project, downloaded; one that ships; one of the hub; a folder."
+    asked = served(monkeypatch)
+    fake_hub(monkeypatch, snapshot_download=lambda *_, **__: str(published))
+    whole = glyphs(0)["test"]
+    for c in range(2):
+        (tmp_path/f"pets/{c}").mkdir(parents=True)
+        Image.fromarray(whole.x[whole.by_class[c][0]].permute(1, 2, 0).numpy()).save(tmp_path/f"pets/{c}/a.png")
+    monkeypatch.setattr(mtl_nb.cli, "_evaluate_models", lambda models, *_: models)
+    monkeypatch.setattr(mtl_nb.cli, "_print_results", lambda results, _: print(len(results["rows"]), "models"))
+    for name, models in (("glyphs-quick-s0", 6), ("glyphs", 2), ("user/glyphs-quick", 6), (str(RUN), 6)):
+        assert main(f"test --weights {name} --data glyphs -q".split()) == 0
+        assert capsys.readouterr().out == f"{models} models\n"
+        assert main(f"learn pets -o p.safetensors --force --weights {name}".split()) == 0
+        assert main("recognize p.safetensors pets".split()) == 0
+        capsys.readouterr()
+    assert len(asked) == 7 # once
+    assert main(["learn", "--help"]) == 0 and "USER/NAME of the hub" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_hub_does_not_answer(monkeypatch):

@@ -143,6 +143,7 @@ def fake_timm(error=None):
 
 
 def test_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setitem(sys.modules, "timm", fake_timm())
     net = build_backbone("timm/resnet18.a1_in1k")
     assert net.preprocessing == Preprocessing(32, .95, "bicubic", (.5,)*3, (.5,)*3) and net.num_features == 12
@@ -155,6 +156,28 @@ def test_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadInput, match=r'timm/resnet18 needs the package timm: pip install "mtl_nb\[timm\]"'):
         build_backbone("timm/resnet18")
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_timm_does_not_try_again_without_a_connection(monkeypatch, reached):
+    "One short question; where the hub does not answer it, its library looks into its cache alone."
+    constants, asked = SimpleNamespace(HF_HUB_OFFLINE=False, ENDPOINT="https://hub"), []
+    def head(url, timeout):
+        asked.append((url, timeout))
+        if not reached: raise OSError("no such host")
+    hub = SimpleNamespace(constants=constants, get_session=lambda: SimpleNamespace(head=head))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    timm, offline_then = fake_timm(), []
+    make = timm.create_model
+    def create_model(*args, **kwargs):
+        offline_then.append(constants.HF_HUB_OFFLINE)
+        return make(*args, **kwargs)
+    timm.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    build_backbone("timm/resnet18")
+    build_backbone("timm/resnet18", pretrained=False)
+    assert (asked, offline_then) == ([("https://hub", 5)], [not reached, False])
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_real_timm_with_padded_convolutions():

@@ -158,7 +158,7 @@ def test_the_python_of_a_card_runs(capsys, monkeypatch):
 def test_cards(finished):
     results = read_json(finished/"results.json")
     text = card("mine", results)
-    assert "mtl test --weights data/weights/mine --data glyphs\n" in text and "Meta-trained by: MTL, FT [Θ4;θ]." in text
+    assert "mtl test --weights mine --data glyphs\n" in text and "Meta-trained by: MTL, FT [Θ4;θ]." in text
     results["recipe"] |= dict(eval_split="val", tta=dict(results["recipe"]["tta"], rotations=True, views=2))
     text = card("mine", results)
     assert "--split val" in text and "did not use test" in text

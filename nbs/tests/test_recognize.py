@@ -1,4 +1,6 @@
 "The recogniser: every kind of picture and of bad input, saved files, weights that are not the right ones; and the weights that ship."
+import csv
+import json
 import os
 import re
 import shutil
@@ -269,12 +271,72 @@ def test_bad_folders(pets, bank, change, words):
     (lambda r, x: r.predict(x[0, 0]), ["[3,H,W]"]),
     (lambda r, x: r.predict("nowhere.png"), ["no such file or folder: nowhere.png"]),
     (lambda r, x: r.remove("nobody"), ["no class 'nobody'"]),
+    (lambda r, x: r.remove({}), ["no class '{}'"]),
+    (lambda r, x: r.fit(x, ["a", None, "b"]), ["number 2 has the label"]),
+    (lambda r, x: r.fit(x, ["a", float("nan"), "b"]), ["number 2 has the label"]),
+    (lambda r, x: r.fit(x, [["a"], ["b", "c"], "d"]), ["number 1 has the label ['a']"]),
+    (lambda r, x: r.fit(None), ["class folders, or pictures and their labels"]),
+    (lambda r, x: r.fit({"a": x, "b": x}), ["class folders, or pictures and their labels"]),
+    (lambda r, x: r.fit(5, ["a"]), ["pictures are a file, a folder", "got int"]),
+    (lambda r, x: r.predict(None), ["got NoneType"]),
+    (lambda r, x: r.predict(dict(a=x)), ["got dict"]),
+    (lambda r, x: r.predict(b"x.png"), ["got bytes"]),
+    (lambda r, x: r.predict(x, unknown="often"), ["unknown is True, False, or the least similarity"]),
+    (lambda r, x: r.predict(x, unknown=None), ["unknown is True, False"]),
+    (lambda r, x: r.answers(x, top="three"), ["top must be a whole number"]),
+    (lambda r, x: r.add(None, x), ["name of a class is text; got NoneType"]),
+    (lambda r, x: r.save(None), ["give its path, not None"]),
+    (lambda r, x: Recognizer.load(5), ["give its path, not 5"]),
+    (lambda r, x: Recognizer.from_pretrained(None), ["weights are a name", "NoneType"]),
+    (lambda r, x: Recognizer.from_pretrained({}), ["weights are a name", "dict"]),
+    (lambda r, x: Recognizer.from_pretrained(5), ["weights are a name", "int"]),
+    (lambda r, x: Recognizer.from_pretrained("glyphs", 32), ["such as Preprocessing(32)", "int"]),
+    (lambda r, x: Recognizer.from_pretrained("glyphs", k_shot="one"), ["k_shot", "str"]),
+    (lambda r, x: Recognizer.from_pretrained("glyphs", device="foo"), ["unknown device 'foo'"]),
+    (lambda r, x: Recognizer.from_pretrained("glyphs", device={}), ["unknown device '{}'"]),
+    (lambda r, x: Recognizer.from_pretrained("glyphs", device=5), ["device '5' is not here"]),
     (lambda r, x: r.score(x, ["x", "y", "z"]), ["not learned: x, y, z"]),
     (lambda r, x: Recognizer(r.model, r.preprocessing).predict(x), ["two classes are needed, there are 0"]),
     (lambda r, x: Recognizer(r.model, r.preprocessing).add("a", x).predict(x), ["there are 1"]),
     (lambda r, x: Recognizer(r.model, r.preprocessing).save("x"), ["nothing to save"]),
 ])
 def test_bad_calls(fitted, bank, call, words): refused(lambda: call(fitted, bank.x[:3]), *words)
+
+
+def test_more_pictures_and_classes(fitted, bank):
+    "`partial_fit` is `fit` on everything, and a picture that comes a second time changes nothing."
+    x, names = bank.x, bank.names
+    first, more = (torch.cat([bank.by_class[c][i:j] for c in o]) for o, i, j in (((0, 1), 0, 2), ((1, 2), 2, 4)))
+    def labels(idx): return [names[i] for i in bank.y[idx].tolist()]
+    both = torch.cat([first, more])
+    whole = Recognizer.from_pretrained().fit(x[both], labels(both))
+    grown = Recognizer.from_pretrained().fit(x[first], labels(first)).partial_fit(x[more], labels(more))
+    assert np.allclose(grown.predict_proba(x[:50]), whole.predict_proba(x[:50]), atol=1e-5)
+    assert (repr(grown), grown.estimate_) == (repr(whole), whole.estimate_)
+    grown.partial_fit(x[both.flip(0)], labels(both.flip(0)))
+    assert repr(grown) == repr(whole)
+
+
+def test_look_alike_names(bank, caplog):
+    r = Recognizer.from_pretrained().fit(bank.x[::100][:4], ["Red_Circle", "blue", "red circle", "-"])
+    assert [o.message[:42] for o in caplog.records] == ["'Red_Circle' and 'red circle' are learned "]
+    caplog.clear()
+    assert len(r.remove("red circle").add("green", bank.x[0]).classes_) == 4 and not caplog.records
+
+
+def test_arrays_of_paths_and_numpys_values(pets, bank, fitted):
+    files = np.array(sorted(str(o) for o in pets.rglob("*.png")))
+    assert (fitted.predict(files) == fitted.predict(files.tolist(), unknown=np.bool_(False))).all()
+    assert (fitted.predict(files, unknown=np.True_) == fitted.predict(files, unknown=True)).all()
+    assert len(fitted.answers(files, top=np.int64(2))[0].probabilities) == 2
+    for labels in ([0, 1, 2], torch.arange(3), list(torch.arange(3)), np.arange(3)[:, None], np.array(list("012"), object)):
+        assert Recognizer.from_pretrained().fit(bank.x[::100][:3], labels).classes_.tolist() == list("012")
+
+
+def test_a_bad_picture_in_the_home_folder(pets, monkeypatch, fitted):
+    monkeypatch.setenv("HOME", str(pets))
+    (pets/"bad.png").write_text("words")
+    refused(lambda: fitted.predict(["~/bad.png"]), "bad.png", "replace or delete it")
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -355,7 +417,7 @@ def test_saved_file(fitted, bank, tmp_path):
     assert np.allclose(again.predict_proba(bank.x[:20]), fitted.predict_proba(bank.x[:20]), atol=1e-6)
     refused(lambda: Recognizer.load(tmp_path/"a", SMALL), "learned with other weights")
     refused(lambda: Recognizer.load(tmp_path/"none"), "no such file of a recogniser")
-    refused(lambda: Recognizer.load(SMALL), "expected 'recognizer'")
+    refused(lambda: Recognizer.load(SMALL), "holds weights ('backbone') and no recogniser", "mtl learn")
     fitted.save(tmp_path/"a")
     own = Recognizer.from_pretrained(SMALL, Preprocessing(32))
     shutil.copy(SMALL, tmp_path/"w.safetensors")
@@ -406,7 +468,9 @@ def test_sorting_leaves_no_folder(fitted, bank, tmp_path):
 def test_the_commands(pets, bank, capsys, tmp_path):
     new = write(tmp_path/"new", bank, range(3), 50, 54)
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 0
-    assert capsys.readouterr().out.startswith("p.safetensors: 3 classes, 6 pictures; about ")
+    out, err = capsys.readouterr()
+    assert out.startswith("p.safetensors: 3 classes, 6 pictures; about ") and "for photographs choose others" in err
+    assert main("recognize p new".split()) == 2 and "did you mean p.safetensors?" in capsys.readouterr().err
     before = Path("p.safetensors").read_bytes()
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 2 and "--force" in capsys.readouterr().err
     assert Path("p.safetensors").read_bytes() == before
@@ -426,8 +490,59 @@ def test_the_commands(pets, bank, capsys, tmp_path):
     assert main(["recognize", "p.safetensors", "new", "--json"]) == 0
 
 
+def test_classes_are_added_and_taken_out(pets, bank, capsys, tmp_path):
+    assert main("learn pets -o p.safetensors".split()) == 0
+    before = Path("p.safetensors").read_bytes()
+    write(tmp_path/"more", bank, [7], 0, 3)
+    write(tmp_path/"pets again", bank, range(3), 1, 3) # one picture of each is there already
+    capsys.readouterr()
+    assert main("learn more --add-to p.safetensors -o q.safetensors".split()) == 0
+    assert Path("p.safetensors").read_bytes() == before
+    assert capsys.readouterr().out.startswith("q.safetensors: 4 classes, 9 pictures; ")
+    assert main(["learn", "pets again", "--add-to", "p.safetensors", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [*json.loads(out)["classes"].values()] == [3, 3, 3] and "they are learned already" in err
+    assert main(["forget", "q.safetensors", bank.names[7]]) == 0
+    assert "3 classes, 6 pictures" in capsys.readouterr().out
+    same = Recognizer.load("q.safetensors"), Recognizer.from_pretrained().fit("pets")
+    assert np.allclose(*(o.predict_proba(bank.x[:50]) for o in same), atol=1e-5)
+    r = Recognizer.from_pretrained().fit(bank.x[::100][:4], ["a, b", "a", "b", "c"])
+    r.save("c")
+    assert main(["forget", "c", "a, b"]) == 0 and Recognizer.load("c").classes_.tolist() == ["a", "b", "c"]
+    for words in ("a,b", "a,b,c,d", ","):
+        assert main(["forget", "c", words]) == 2 and Recognizer.load("c").classes_.tolist() == ["a", "b", "c"]
+
+
+def test_no_cell_of_a_spreadsheet_is_a_formula(pets, bank, capsys):
+    x = bank.x[::100][:3]
+    Recognizer.from_pretrained().fit(x, ["=1+1", "@b", "c"]).save("r")
+    for o, name in zip(x, ("-a.png", "+b.png", "c.png")):
+        Path("new").mkdir(exist_ok=True)
+        Image.fromarray(o.permute(1, 2, 0).numpy()).save(f"new/{name}")
+    os.chdir("new")
+    assert main("recognize ../r . --top 3 --csv ../a.csv --json".split()) == 0
+    rows = list(csv.reader(open("../a.csv", encoding="utf-8")))
+    assert {row[1] for row in rows[1:]} == {"'=1+1", "'@b", "c"}
+    assert all(cell[:1] not in "=+-@" for row in rows for cell in row)
+    found = json.loads(capsys.readouterr().out)["answers"]
+    assert [*found[0]] == ["picture", "answer", "probabilities"] and {o["answer"] for o in found} == {"=1+1", "@b", "c"}
+
+
 @pytest.mark.parametrize("command, words", [
     ("learn", "required: FOLDER"),
+    ("learn pets --weights x", "x is a saved recogniser. It holds classes and no weights: those it was learned with are 'glyphs'"),
+    ("learn pets -o x", "x is there already: --force overwrites it, --add-to x adds to it"),
+    ("learn pets --add-to y", "no such file of a recogniser: y"),
+    ("learn pets --add-to x --size 20", "--size: x says with which weights"),
+    ("learn empty --add-to x", "no class folders in empty"),
+    ("learn more --add-to x", "no images in the class folder more"),
+    ("forget x", "required: CLASSES"),
+    ("forget x nobody", "no class 'nobody'"),
+    ("forget nothing nobody", "no such file of a recogniser: nothing"),
+    ("recognize pets pets", "pets is a folder: give a file that `save` or mtl learn has written"),
+    ("test --weights x --data glyphs", "x is a saved recogniser"),
+    ("test --weights glyhps --data glyphs", "did you mean glyphs"),
+    ("test --weights torchvision/resnet18", "mtl run --methods none --arch torchvision/resnet18"),
     ("learn nowhere", "no such folder: nowhere"),
     ("learn pets more", "'more' is no option"),
     ("learn pets --weights nothing", "no weights 'nothing'"),
@@ -437,6 +552,8 @@ def test_the_commands(pets, bank, capsys, tmp_path):
     ("learn pets --device abacus", "abacus"),
     ("recognize x", "required: PICTURES"),
     ("recognize nothing pets", "no such file of a recogniser: nothing"),
+    ("recognize pets x", "pets is a folder: give a file that `save` or mtl learn has written"),
+    ("recognize x pets --sheet sheet --sort sorted", "such as sheet.png"),
     ("recognize x pets --top 0", "--top"),
     ("recognize x pets --sheet sheet.none", "--sheet: cannot write sheet.none"),
     ("recognize x pets --csv no/such/place", "no such folder"),
@@ -447,6 +564,7 @@ def test_the_commands(pets, bank, capsys, tmp_path):
 ])
 def test_bad_commands(pets, capsys, command, words):
     Path("empty").mkdir()
+    Path("more/cats").mkdir(parents=True)
     assert main(["learn", "pets", "-o", "x"]) == 0
     before = sorted(Path().rglob("*"))
     capsys.readouterr()
