@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import cos, inf, isfinite, pi
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ def pretrain_state(
 ) -> TrainState: # ready for `pretrain`
     "Backbone, base head, optimiser and generator at their start."
     model = make(net, n_classes, cfg.seed).to(device).to(memory_format=torch.channels_last)
-    how = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda" or None)
+    how:dict[str,Any] = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda" or None)
     if cfg.adam: opt:torch.optim.Optimizer = torch.optim.Adam(model.parameters(), **how)
     else: opt = torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **how)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True) if cfg.ema else None
