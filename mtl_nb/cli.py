@@ -498,6 +498,7 @@ def mtl_run(
     "The command `mtl run`."
     started = time.time()
     options, config, record = read_run_options(argv)
+    _check_messages(options)
     show_messages(options.quiet, options.verbose)
     from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.run import run
@@ -533,8 +534,9 @@ class TestOptions:
     split:str="test" # the split to evaluate on: train, val or test
     # for weights that whiten features: the data set or folder whose train split holds their base classes
     base:str|None=None
-    way:int|None=None # for a backbone alone: classes in a task; if not given: 5
-    shots:tuple[int,...]|None=None # for a backbone alone: support images a class; if not given: 1,5
+    way:int|None=None # classes in a task; if not given: as the weights were trained, 5 for a backbone alone
+    # support images a class; if not given: all that a run's weights were trained for, 1,5 for a backbone alone
+    shots:tuple[int,...]|None=None
     query:int=15 # query images a class
     tasks:int=10_000 # tasks to evaluate on
     size:int|None=None # pixels a side; if not given: as the weights were trained
@@ -542,18 +544,30 @@ class TestOptions:
 
 def load_models(
     path:Path, # a run folder, or one weights file
-    shots:tuple[int,...], # for a backbone alone
-    way:int, # for a backbone alone
+    shots:tuple[int,...]|None, # K; None: all that there are, 1 and 5 for a backbone alone
+    way:int|None, # N; None: as they were trained, 5 for a backbone alone
     device, # a `torch.device`
-) -> list: # `Weights` of each; raises `BadInput`
+) -> list: # `Weights` of each; raises `BadInput` when there are none for these tasks
     "The models of a run, with the inner rate and steps that were chosen on val; or the one in a weights file."
-    from mtl_nb.publish import load_weights, weights_in
+    from mtl_nb.publish import backbone_file, load_weights, weights_in
     from mtl_nb.train.checkpoints import load
+    if path.is_dir() and (offers := weights_in(path)): return _models_of_run(path, offers, shots, way, device)
     if path.is_dir():
-        require((path/"results.json").is_file(), f"{path} holds no finished run: it has no results.json")
-        return [load_weights(path, label, k, device) for label, k in weights_in(path)]
+        require(backbone_file(path).is_file(), f"{path} holds no weights: give the folder of a run, or a weights file")
+        LOG.warning(f"{path} has no results.json: its backbone is evaluated, with a linear head at a fixed rate")
+        path = backbone_file(path)
     is_backbone = load(path)[1].get("kind") == "backbone"
-    return [load_weights(path, None, k, device, way) for k in (shots if is_backbone else [None])]
+    if is_backbone: return [load_weights(path, None, k, device, way) for k in shots or (1, 5)]
+    require(shots is None or len(shots) == 1, f"--shots {_shown(shots)}: {path} is for one number of shots")
+    return [load_weights(path, None, shots[0] if shots else None, device, way)]
+
+def _models_of_run(path, offers, shots, way, device):
+    "The models of a run folder, or those for some numbers of shots."
+    from mtl_nb.publish import load_weights
+    there = sorted({k for _, k in offers})
+    lacks = sorted({*(shots or ())} - {*there})
+    require(not lacks, f"--shots {_shown(lacks)}: these weights are for {_shown(there)}-shot tasks")
+    return [load_weights(path, label, k, device, way) for label, k in offers if k in (shots or there)]
 
 def _backbone_record(path):
     "What the file of a backbone says of it, for a run folder or a weights file."
@@ -566,8 +580,9 @@ def _backbone_record(path):
 def _trained_config(path):
     "The config of the run that weights belong to, and the digest of its base images; None where none is beside them."
     from mtl_nb.experiments.config import config_from_record
-    file = (path if path.is_dir() else path.parent)/"recipe.json"
-    if not file.is_file(): return None, ""
+    place = path if path.is_dir() else path.parent
+    file = next((place/o for o in ("recipe.json", "results.json") if (place/o).is_file()), None)
+    if file is None: return None, ""
     record = read_json(file)
     return config_from_record(record.get("recipe", {})), record.get("data", {}).get("digest", {}).get("train", "")
 
@@ -582,13 +597,19 @@ def _check_test(options):
     require(all(k >= 1 for k in shots), f"--shots must be at least 1, got {_shown(shots)}")
     require(len({*shots}) == len(shots), f"--shots must be different numbers, got {_shown(shots)}")
 
-def _only_for_backbones(options, models):
-    "Refuse --way and --shots for weights that have their own, if these are others."
-    ways, shots = {o.record["way"] for o in models}, {o.record["shot"] for o in models}
-    require(options.way is None or ways == {options.way},
-            f"--way {options.way}: these weights are for {_shown(sorted(ways))}-way tasks")
-    require(options.shots is None or shots == {*options.shots},
-            f"--shots {_shown(options.shots)}: these weights are for {_shown(sorted(shots))}-shot tasks")
+def _picture_size(options, config, record, models):
+    "Pixels a side: as asked for, else as the weights were trained; None: as the pictures come. Raises `BadInput`."
+    from mtl_nb.data.datasets import get_dataset
+    from mtl_nb.train.checkpoints import trained_size
+    if options.size or config and config.size: return options.size or config.size
+    known = [trained_size(o) for o in (record, *(m.record for m in models))]
+    if config:
+        entry = get_dataset(config.data)
+        known.append(entry.size or entry.native)
+    size = next((o for o in known if o is not None), None)
+    require(size is not None, f"{options.weights} does not say for which pictures it was trained: give their size, "
+            "--size PIXELS")
+    return size or None
 
 def _with_base_images(tta, options, data, record, digest, how):
     "Test-time augmentation that knows the base images, if it whitens features."
@@ -630,10 +651,9 @@ def mtl_test(
     from mtl_nb.evaluation.tta import TTA
     from mtl_nb.train.checkpoints import recorded_preprocessing
     path, (data, name), device = Path(options.weights), _data_name(options, "glyphs"), find_device(options.device)
-    models = load_models(path, options.shots or (1, 5), options.way or 5, device)
-    _only_for_backbones(options, models)
+    models = load_models(path, options.shots, options.way, device)
     (config, digest), record = _trained_config(path), _backbone_record(path)
-    size = config.size if config and options.size is None else options.size
+    size = _picture_size(options, config, record, models)
     expects = recorded_preprocessing(record)
     if expects: size = expects.at(size)
     how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
@@ -658,8 +678,25 @@ def _parse_simple(command, about, classes, argv):
     parser, words = make_parser(command, about), registry_words()
     for cls in classes: add_options(parser, cls, words)
     options = parse(parser, argv, classes)
+    _check_messages(options)
     show_messages(options.quiet, options.verbose)
     return options
+
+def _check_messages(options):
+    require(not (options.quiet and options.verbose), "--quiet and --verbose exclude each other: give one")
+
+def _check_choice(weights, **choices):
+    "Refuse to choose among the weights of a network that comes alone."
+    given = [_flag(k) for k, v in choices.items() if v is not None]
+    if not given: return
+    from mtl_nb.hub import find_weights
+    from mtl_nb.models.backbones import FAMILIES
+    from mtl_nb.train.checkpoints import load
+    alone = weights.partition("/")[0] in FAMILIES
+    if not alone:
+        path = find_weights(weights)
+        alone = path.is_file() and load(path)[1].get("kind") == "backbone"
+    require(not alone, f"{' and '.join(given)}: {weights} is a network alone, with nothing to choose: leave it out")
 
 @dataclass
 class ResultsOptions:
@@ -694,6 +731,14 @@ class BenchOptions:
     toy:bool=False # seconds in place of minutes, to see that it works; the numbers mean nothing
     out:str|None=None # the record; if not given: data/runs/speed-DEVICE.json
 
+def _check_bench(options, parts):
+    "Refuse options that would change nothing."
+    require(options.data or not options.root, "--root goes with --data; for the part start, give --start")
+    for name in ("size", "download", "skip_bad"):
+        require(options.data or name not in options.given, f"{_flag(name)} goes with --data: without it the images "
+                "are made up")
+    require(not options.start or "start" in parts, "--start is for the part start, which is not among --parts")
+
 def mtl_bench(
     argv:Sequence[str], # the options
 ) -> None:
@@ -703,16 +748,16 @@ def mtl_bench(
     from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.speed import bench
     device, toy = find_device(options.device), "-toy" if options.toy else ""
+    parts = tuple(o.strip() for o in options.parts.split(","))
     file = Path(options.out or f"data/runs/speed-{device.type}{toy}.json")
     require(not file.is_dir(), f"--out must name a file, {options.out} is a folder")
     require(options.size >= 16, f"--size must be at least 16 pixels, got {options.size}")
-    require(options.data or not options.root, "--root goes with --data; for the part start, give --start")
+    _check_bench(options, parts)
     banks = None
     if options.data:
         data, _ = _data_name(options, "glyphs")
         banks = load_data(data, options.root, options.size, options.download, options.skip_bad)
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
-    parts = tuple(o.strip() for o in options.parts.split(","))
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))
     if options.json: print(json.dumps(record, indent=1))
@@ -761,6 +806,7 @@ def mtl_learn(
         pictures, labels = zip(*((path, name) for name, paths in files.items() for path in paths))
         preprocessing = Preprocessing(options.size) if options.size else None
         device = find_device(options.device)
+        _check_choice(options.weights, shots=options.shots)
         recognizer = Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
         recognizer.fit(pictures, labels, skipped)
     _say_skipped(skipped or {})
@@ -861,6 +907,7 @@ def mtl_export(
     from mtl_nb.onnx import export_onnx
     from mtl_nb.recognize import load_extractor
     preprocessing = Preprocessing(options.size) if options.size else None
+    _check_choice(options.weights, shot=options.shot, method=options.method)
     model, preprocessing, _ = load_extractor(options.weights, preprocessing, options.shot, options.method)
     about = export_onnx(model, Path(options.onnx), preprocessing)
     if options.json: print(json.dumps(about, indent=1))

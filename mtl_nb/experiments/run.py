@@ -39,7 +39,7 @@ from ..methods.base import Method, check_tta, get_inner, get_method, load_model,
 from ..models.backbones import Pretrained, build_backbone, is_pretrained
 from ..models.base_learner import BaseLearner
 from ..models.heads import Classifier
-from ..train.checkpoints import RunFolder, load, load_backbone, save
+from ..train.checkpoints import RunFolder, load, load_backbone, save, trained_size
 from ..train.distributed import Runtime, Team
 from ..train.meta_train import MTL, meta_state
 from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
@@ -147,10 +147,17 @@ def _check_shapes(config, banks, k_shot):
         paper_protocol(k_shot, config.way).shape.check(banks[config.eval_split], f"'{config.eval_split}'")
 
 # %% ../../nbs/39_experiments.run.ipynb #0dc29175
+def _check_size(config, trained, side, source):
+    "Pictures of another size than the backbone was trained on must be meant: the config names their size."
+    require(config.size or not trained or trained == side,
+            f"the backbone {source} was trained on pictures of {trained} x {trained} pixels, and these are of another "
+            f"size: --size {trained} brings them to it, --size with another number says that this is meant")
+
 def _with_source(config, source, banks):
     "The config of an experiment whose backbone comes from a file: its phase 1 as that file states it."
     record = load_backbone(source)[2]
     for split in dict.fromkeys(("val", config.eval_split)): check_unseen(record, banks[split], split)
+    _check_size(config, trained_size(record), _image_side(banks), source)
     if "training" not in record: # an older file states only its widths and dropout
         mine = dict(widths=list(config.widths), dropout=config.dropout)
         there = dict(widths=record["widths"], dropout=record["drop"])
@@ -271,6 +278,7 @@ def save_backbone(
     record = dict(kind="backbone", arch=config.arch, widths=list(config.widths), dropout=config.dropout,
                   classes=base.names, seconds=seconds, recipe=config.digest(), training=config.training, met=list(met))
     if side := getattr(net, "size", 0): record["size"] = side # of a network made for images of one size
+    record["image_size"] = _image_side(dict(train=base))
     if isinstance(net, Pretrained): record |= dict(preprocessing=asdict(net.preprocessing), pretrained=net.source)
     save(path, tensors, record)
 
