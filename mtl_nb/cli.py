@@ -512,7 +512,8 @@ def mtl_run(
     runtime = _runtime(options, started)
     config = _batch_norm_splits(config, runtime.team, "config:phase1.bn_splits" in options.given)
     config, size = _prepared_size(options, config)
-    banks = runtime.team.in_turn(lambda: load_data(data, options.root, size, options.download, options.skip_bad))
+    with redirect_stdout(sys.stderr): # what is said of the folders
+        banks = runtime.team.in_turn(lambda: load_data(data, options.root, size, options.download, options.skip_bad))
     if options.compute_matched: _same_images(banks, record)
     _say_banks(banks)
     config = _eval_split(config, banks, record or "config:eval_split" in options.given)
@@ -616,7 +617,8 @@ def _with_base_images(tta, options, data, record, digest, how):
     from mtl_nb.data.datasets import load_data
     if not tta.config.whitening: return tta
     data, what = options.base or data, "these weights whiten features, which needs the images of their base classes"
-    try: bank = load_data(data, need=("train",), **how)["train"]
+    try:
+        with redirect_stdout(sys.stderr): bank = load_data(data, need=("train",), **how)["train"]
     except BadInput as e: raise BadInput(f"{what} (--base says where they are): {e}") from None
     require(bank.names == record.get("classes"), f"{what}, and train of '{data}' holds others: give theirs with --base")
     _say_banks(dict(train=bank), ", for whitening" + ("" if bank.digest == digest else ", not those of the run"))
@@ -659,7 +661,7 @@ def mtl_test(
     how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
     tta = config.augmentation() if config else TTA()
     require(not options.base or tta.config.whitening, "--base is for weights that whiten features, and these do not")
-    bank = load_data(data, need=(options.split,), **how)[options.split].to(device)
+    with redirect_stdout(sys.stderr): bank = load_data(data, need=(options.split,), **how)[options.split].to(device)
     _say_banks({options.split: bank})
     if options.split != "train":
         check_unseen(record, bank, options.split)
@@ -756,7 +758,8 @@ def mtl_bench(
     banks = None
     if options.data:
         data, _ = _data_name(options, "glyphs")
-        banks = load_data(data, options.root, options.size, options.download, options.skip_bad)
+        with redirect_stdout(sys.stderr):
+            banks = load_data(data, options.root, options.size, options.download, options.skip_bad)
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))

@@ -163,6 +163,17 @@ def _near(): return glyphs(split="near")
 def _far(): return glyphs(split="far")
 
 # %% ../../nbs/30_data.datasets.ipynb #cb45dbb8
+def _say_left_out(place, title, files, incomplete, table):
+    "What of class folders that lie side by side is not read."
+    for split, names in incomplete.items():
+        missing = [o for o in names if o not in files]
+        if len(missing) < len(names):
+            print(f"{place}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} classes are "
+                  f"missing, such as {missing[0]}")
+    known = {o for names in table.values() for o in names}
+    strange = [o for o in files if o not in known]
+    if strange: print(f"{place}: passed over {len(strange)} folders of no class of {title}, such as {strange[0]}")
+
 def _from_folders(root, title, table, need):
     "The files of class folders, which lie side by side or under train/, val/, test/ in root/title or root; else None."
     for place in (root/title, root):
@@ -170,6 +181,7 @@ def _from_folders(root, title, table, need):
         if all((place/name).is_dir() for name in wanted):
             files = class_files(place)
             complete = [s for s, names in table.items() if all(o in files for o in names)]
+            _say_left_out(place, title, files, {s: names for s, names in table.items() if s not in complete}, table)
             return place, {s: {o: files[o] for o in table[s]} for s in complete}
         if any((place/s).is_dir() for s in table): return place, split_files(place, need)
 

@@ -147,8 +147,18 @@ _SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in I
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in _SUFFIXES
 
+def _say_passed_over(root, **names):
+    "One line for what lies in a folder and is not read: lists of names, by what they are."
+    kinds = dict(other="file{} without an image's suffix", outside="image{} outside the class folders",
+                 deep="folder{} inside a folder of images", no_split="folder{} that stand{} for no split")
+    def counted(kind, found):
+        one = len(found) == 1
+        return f"{len(found)} {kinds[kind].format('' if one else 's', 's' if one else '')}: {_some(found)}"
+    said = [counted(kind, found) for kind, found in names.items() if found]
+    if said: print(f"{_say(root)}: passed over {'; '.join(said)}")
+
 def _images_in(where, name):
-    "Paths of the images that lie directly in a class folder, and names of its other files."
+    "Paths of the images that lie directly in a class folder, and names of its other files and of its folders."
     folders, files = _children(where)
     images, other = [n for n in files if _is_image(n)], [f"{name}/{n}" for n in files if not _is_image(n)]
     if not images:
@@ -156,13 +166,13 @@ def _images_in(where, name):
         if other: hint = f", only other files ({_some(other)})"
         if folders: hint = f", only folders ({_some(folders)}): images must lie directly in it"
         raise BadInput(f"no images in the class folder {_say(where)}{hint}")
-    return [f"{where}{os.sep}{n}" for n in images], other
+    return [f"{where}{os.sep}{n}" for n in images], other, [f"{name}/{n}" for n in folders]
 
 def class_files(
     root, # folder that holds one folder a class
 ) -> dict[str,list[str]]: # image paths by class name, both in order of name; raises `BadInput`
-    "List the images that lie directly in each class folder."
-    root, out, other = Path(os.path.expanduser(root)), {}, []
+    "List the images that lie directly in each class folder. What is passed over is said in one line."
+    root, out, other, deep = Path(os.path.expanduser(root)), {}, [], []
     folders, files = _children(root)
     if len(folders) < 2 or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
@@ -170,15 +180,11 @@ def class_files(
         require(_say(name) == name,
                 f"the name of the class folder {_say(where)} holds characters that cannot be printed: rename it")
         require(name not in out, f"two class folders in {_say(root)} are both called '{name}': rename one")
-        out[name], left = _images_in(where, name)
-        other += left
-    _say_passed_over(root, other)
+        out[name], files_left, folders_left = _images_in(where, name)
+        other += files_left
+        deep += folders_left
+    _say_passed_over(root, other=other, deep=deep, outside=[n for n in files if _is_image(n)])
     return out
-
-def _say_passed_over(root, other):
-    if not other: return
-    count = f"{len(other)} file{'s' if len(other) > 1 else ''}"
-    print(f"{_say(root)}: passed over {count} without an image's suffix: {_some(other)}")
 
 # %% ../../nbs/21_data.folders.ipynb #33d649a7
 def _wrong_level(root, folders, files):
@@ -202,8 +208,12 @@ def picture_files(
     if os.path.isfile(where): return [os.fspath(where)]
     require(os.path.exists(where), f"no such file or folder: {_say(where)}")
     folders, names = _children(where)
-    for folder in folders: names += [os.path.join(folder, o) for o in _children(os.path.join(where, folder))[1]]
-    _say_passed_over(where, [o for o in names if not _is_image(o)])
+    deep:list[str] = []
+    for folder in folders:
+        inner, files = _children(os.path.join(where, folder))
+        deep += [os.path.join(folder, o) for o in inner]
+        names += [os.path.join(folder, o) for o in files]
+    _say_passed_over(where, other=[o for o in names if not _is_image(o)], deep=deep)
     found = [os.path.join(where, o) for o in names if _is_image(o)]
     require(found, f"no images in {_say(where)}: it must hold some, or folders that hold some")
     return found
@@ -427,9 +437,16 @@ def split_files(
     folders, files = _children(root)
     missing = [s for s in need or ("train", "val") if s not in folders]
     if missing: raise BadInput(_no_split(root, missing, folders, files))
+    others = [o for o in folders if o not in _SPLITS]
+    meant = [o for o in others if _meaning(o) in _SPLITS and _meaning(o) not in folders]
+    if meant and not need: raise BadInput(_no_split(root, [_meaning(meant[0])], folders, files))
+    _say_passed_over(root, no_split=others, outside=[n for n in files if _is_image(n)])
     return {s: class_files(root/s) for s in need or _SPLITS if s in folders}
 
-_OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+_OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "base": "train",
+                "testing": "test", "tests": "test", "novel": "test"}
+
+def _meaning(folder): return _OTHER_NAMES.get(folder.lower(), folder.lower())
 
 def _no_split(root, missing, folders, files):
     "The message when a folder lacks a split."
@@ -437,8 +454,7 @@ def _no_split(root, missing, folders, files):
     if root.name in _SPLITS and (root.parent/split).is_dir():
         return f"{where} is one split: give the folder above it, {_say(root.parent)}"
     for o in folders:
-        means = _OTHER_NAMES.get(o.lower(), o.lower())
-        if split == means: return f"no folder '{split}' in {where}: rename '{_say(o)}' to '{split}'"
+        if split == _meaning(o): return f"no folder '{split}' in {where}: rename '{_say(o)}' to '{split}'"
         if all((root/o/s).is_dir() for s in missing):
             return f"no folder '{split}' in {where}, but in {_say(root/o)}: give that"
     holds = "it is empty"

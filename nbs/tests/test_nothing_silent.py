@@ -10,6 +10,8 @@ from PIL import Image
 
 from mtl_nb.cli import main
 from mtl_nb.core import BadInput
+from mtl_nb.data.datasets import _from_folders, split_table
+from mtl_nb.data.folders import folder_bank, folder_splits, picture_files
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.publish import load_weights
 from mtl_nb.train.checkpoints import load, load_backbone, save, trained_size
@@ -147,3 +149,65 @@ def test_a_run_without_results_is_evaluated_all_the_same(finished, capsys):
     shutil.copy(finished/"run/pretrain.safetensors", "folder")
     said = mtl(capsys, "test", "--weights", "folder", "--query", 5, "--tasks", 10, "--way", 2, "--data", finished/"set")
     assert "head only" in said.out and "folder has no results.json: its backbone is evaluated" in said.err
+
+
+# --- what is passed over -------------------------------------------------------------------------------------------
+def deeper(place):
+    "A class of 4 pictures with a folder of 3 more."
+    classes(place, 0, "abc", 4)
+    classes(place/"a", 9, ["more"], 3)
+    Image.fromarray(pixels(99)).save(place/"stray.png")
+    return place
+
+
+def test_pictures_in_a_folder_of_a_class_are_passed_over_with_a_line(capsys):
+    assert len(folder_bank(deeper(Path("set")))) == 12
+    line = "set: passed over 1 folder inside a folder of images: a/more; 1 image outside the class folders: stray.png\n"
+    assert capsys.readouterr().out == line
+    assert line in mtl(capsys, "learn", "set").err
+    assert len(picture_files("set")) == 13
+    assert capsys.readouterr().out == "set: passed over 1 folder inside a folder of images: a/more\n"
+
+
+@pytest.mark.parametrize("name", ["Test", "TEST", "testing", "tests", "novel"])
+def test_a_test_split_by_another_name(capsys, name):
+    place = splits(Path("set"))
+    (place/"test").rename(place/name)
+    refused(capsys, f"no folder 'test' in set: rename '{name}' to 'test'", "run", "--data", "set", "--out", "out")
+    refused(capsys, f"rename '{name}' to 'test'", "test", "--data", "set", "--weights", QUICK)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("split, name", [("train", "Train"), ("train", "base"), ("val", "Val"), ("val", "dev")])
+def test_the_other_splits_by_another_name(split, name):
+    place = splits(Path("set"))
+    (place/split).rename(place/name)
+    with pytest.raises(BadInput, match=f"no folder '{split}' in set: rename '{name}' to '{split}'"): folder_splits(place)
+
+
+def test_folders_that_stand_for_no_split(capsys):
+    place = splits(Path("set"))
+    classes(place/"unlabelled", 50, "ab", 2)
+    classes(place/"Valid", 60, "ab", 2)
+    assert [len(o) for o in folder_splits(place).values()] == [36]*3
+    assert capsys.readouterr().out == "set: passed over 2 folders that stand for no split: Valid, unlabelled\n"
+
+
+def test_messages_of_the_folders_go_to_stderr(capsys, finished):
+    shutil.copytree(finished/"set", "set")
+    Path("set/test/test0/notes.txt").write_text("x")
+    test = "test", "--weights", finished/"run", "--query", 5, "--tasks", 10, "--data", "set", "--json"
+    said = mtl(capsys, *test)
+    assert len(json.loads(said.out)["rows"]) == 4 and "passed over 1 file without an image's suffix" in said.err
+
+
+def test_a_benchmark_whose_classes_lie_side_by_side_says_what_it_leaves_out(capsys):
+    table = split_table("FC100")
+    names = [*table["train"], *table["val"], *table["test"][1:], "zzz"]
+    for name in names:
+        Path("flat", name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(Path("flat", name, "0.png"))
+    assert list(_from_folders(Path("flat"), "FC100", table, None)[1]) == ["train", "val"]
+    said = capsys.readouterr().out
+    assert f"passed over the test split of FC100: 1 of its 20 classes is missing, such as {table['test'][0]}" in said
+    assert "passed over 1 folder of no class of FC100, such as zzz" in said
