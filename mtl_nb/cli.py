@@ -92,6 +92,7 @@ class DataOptions:
     root:str|None=None # the folder where a data set lies, or is downloaded to
     download:bool=False # fetch the data set if it is not there ({downloads})
     skip_bad:bool=False # go on without images that cannot be read, and list them
+    strict:bool=False # refuse identical images, also of different splits, and images of one colour: else a warning
 
 @dataclass
 class ComputeOptions:
@@ -397,6 +398,20 @@ def _say_banks(banks, after=""):
         LOG.info(f"{split}: {len(bank):,} images of {len(bank.names)} classes{after}")
         for file in bank.skipped: LOG.warning(f"  left out: {file}")
 
+def _check_seen_pictures(backbone, banks, strict):
+    "Point out pictures that a backbone was trained on, under whatever name; returns their number for a record."
+    from mtl_nb.evaluation.meta_test import seen_pictures
+    from mtl_nb.train.checkpoints import load
+    record, across = load(backbone, "backbone")[1], {}
+    for split, bank in banks.items():
+        if not (found := seen_pictures(record, bank)): continue
+        count = across[f"backbone, {split}"] = sum(found.values())
+        line = (f"identical pictures: {count:,} of {split} are among those that the backbone was trained on (such as "
+                f"in {' and '.join(list(found)[:2])})")
+        require(not strict, f"{line}: --strict refuses them")
+        LOG.warning(f"warning: {line}")
+    return across
+
 def _batch_norm_splits(config, team, given):
     "With several processes, batch norm sees each process's part of a batch apart."
     splits = config.phase1.bn_splits if given else max(config.phase1.bn_splits, team.size)
@@ -513,9 +528,12 @@ def mtl_run(
     config = _batch_norm_splits(config, runtime.team, "config:phase1.bn_splits" in options.given)
     config, size = _prepared_size(options, config)
     with redirect_stdout(sys.stderr): # what is said of the folders
-        banks = runtime.team.in_turn(lambda: load_data(data, options.root, size, options.download, options.skip_bad))
+        how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
+        banks = runtime.team.in_turn(lambda: load_data(data, strict=options.strict, **how))
     if options.compute_matched: _same_images(banks, record)
     _say_banks(banks)
+    if options.backbone:
+        _check_seen_pictures(Path(options.backbone), {k: v for k, v in banks.items() if k != "train"}, options.strict)
     config = _eval_split(config, banks, record or "config:eval_split" in options.given)
     folder, backbone = _run_folder(options, config), options.backbone and Path(options.backbone)
     try:
@@ -570,13 +588,18 @@ def _models_of_run(path, offers, shots, way, device):
     require(not lacks, f"--shots {_shown(lacks)}: these weights are for {_shown(there)}-shot tasks")
     return [load_weights(path, label, k, device, way) for label, k in offers if k in (shots or there)]
 
-def _backbone_record(path):
-    "What the file of a backbone says of it, for a run folder or a weights file."
+def _theta(path):
+    "The file of the backbone, for a run folder or a weights file."
     from mtl_nb.publish import backbone_file
     from mtl_nb.train.checkpoints import backbone_path, load
-    if path.is_dir(): return load(backbone_file(path), "backbone")[1]
+    if path.is_dir(): return backbone_file(path)
     record = load(path)[1]
-    return record if record.get("kind") == "backbone" else load(backbone_path(path, record), "backbone")[1]
+    return path if record.get("kind") == "backbone" else backbone_path(path, record)
+
+def _backbone_record(path):
+    "What the file of a backbone says of it, for a run folder or a weights file."
+    from mtl_nb.train.checkpoints import load
+    return load(_theta(path), "backbone")[1]
 
 def _trained_config(path):
     "The config of the run that weights belong to, and the digest of its base images; None where none is beside them."
@@ -648,6 +671,7 @@ def mtl_test(
     classes = TestOptions, DataOptions, ComputeOptions, OutputOptions
     options = _parse_simple("test", "Evaluate saved weights on classes they have never seen.", classes, argv)
     _check_test(options)
+    from mtl_nb.data.bank import find_duplicates
     from mtl_nb.data.datasets import load_data
     from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
@@ -661,16 +685,20 @@ def mtl_test(
     how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
     tta = config.augmentation() if config else TTA()
     require(not options.base or tta.config.whitening, "--base is for weights that whiten features, and these do not")
-    with redirect_stdout(sys.stderr): bank = load_data(data, need=(options.split,), **how)[options.split].to(device)
-    _say_banks({options.split: bank})
+    with redirect_stdout(sys.stderr): banks = load_data(data, need=(options.split,), strict=options.strict, **how)
+    _say_banks(banks)
+    bank = banks[options.split].to(device)
+    found = find_duplicates(banks)
     if options.split != "train":
         check_unseen(record, bank, options.split)
         if note := seen_elsewhere(record, name, options.split): LOG.warning(note)
+        found |= dict(across=_check_seen_pictures(_theta(path), banks, options.strict))
     tta = _with_base_images(tta, options, data, record, digest, how)
     side = min(bank.x.shape[2:])
     require(side >= 16, f"images of {side} pixels are too small: ResNet-12 needs 16; set --size")
     results = dict(rows=_evaluate_models(models, bank, options, tta), data=dict(name=name),
                    recipe=asdict(config) if config else {})
+    if any(found.values()): results["duplicates"] = {k: v for k, v in found.items() if v}
     _print_results(results, options.json)
 
 # %% ../nbs/22_cli.ipynb #c9869c33
@@ -736,7 +764,7 @@ class BenchOptions:
 def _check_bench(options, parts):
     "Refuse options that would change nothing."
     require(options.data or not options.root, "--root goes with --data; for the part start, give --start")
-    for name in ("size", "download", "skip_bad"):
+    for name in ("size", "download", "skip_bad", "strict"):
         require(options.data or name not in options.given, f"{_flag(name)} goes with --data: without it the images "
                 "are made up")
     require(not options.start or "start" in parts, "--start is for the part start, which is not among --parts")
@@ -759,7 +787,8 @@ def mtl_bench(
     if options.data:
         data, _ = _data_name(options, "glyphs")
         with redirect_stdout(sys.stderr):
-            banks = load_data(data, options.root, options.size, options.download, options.skip_bad)
+            how = dict(root=options.root, size=options.size, download=options.download, skip_bad=options.skip_bad)
+            banks = load_data(data, strict=options.strict, **how)
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))

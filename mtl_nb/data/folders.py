@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/data.folders.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'to_rgb', 'read_image', 'fit', 'Preprocessing', 'class_files', 'picture_files', 'cache_folder',
-           'unreadable', 'build_bank', 'folder_bank', 'split_files', 'build_splits', 'folder_splits',
+           'unreadable', 'build_bank', 'folder_bank', 'say_doubts', 'split_files', 'build_splits', 'folder_splits',
            'bank_from_dataset']
 
 # %% ../../nbs/21_data.folders.ipynb #e9271f5d
@@ -17,6 +17,7 @@ import time
 import unicodedata
 import warnings
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,37 +31,69 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from ..core import BadInput, require
-from .bank import MEAN, STD, ImageBank, check_disjoint, pixel_hash
+from .bank import MEAN, STD, ImageBank, check_disjoint, duplicates_line, find_duplicates, pixel_hash
 
 # %% ../../nbs/21_data.folders.ipynb #563fcd3b
 MAX_PIXELS = 89_000_000
+_LIMIT = f"{MAX_PIXELS//10**6} million"
 
-def _to_rgb(im):
+def _stated_white(im):
+    "The grey value that is white, as a file of more than 8 bits says it; 0: it does not, and has 32 bits."
+    tags = getattr(im, "tag_v2", {})
+    highest, bits = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (281, 258)) # MaxSampleValue, BitsPerSample
+    if 0 < highest < 65535: return highest
+    if bits == 12: return 4095
+    return 0 if im.mode == "I" and im.format in ("TIFF", None) else 65535
+
+def _too_dark(highest):
+    return ValueError(f"it has 16 bits and no value above {highest:,} of 65,535, so it would be black: it may hold fewer "
+                      "bits; scale its values to 0..65535, or save it with 8 bits")
+
+def _grey(im, white):
+    "uint8 [H,W] of an image with more than 8 bits."
+    grey = np.asarray(im)
+    highest = int(grey.max())
+    if grey.min() < 0 or highest > 65535: raise ValueError("its grey values need more than 16 bits: save it with 8")
+    if not white: white = 255 if highest < 256 else 65535
+    if highest > white: white = 65535 # so what the file says cannot be
+    if white == 65535 and 0 < highest < 4096: raise _too_dark(highest)
+    return (grey >> 8 if white == 65535 else grey.astype(np.int64)*255//white).astype(np.uint8)
+
+def _on_ground(im):
+    "Transparent parts become white; black, if what is drawn would hardly be seen on white."
+    drawn = np.asarray(im := im.convert("RGBA")).astype(np.float32)
+    luminance, alpha = drawn[..., :3] @ np.float32([.299, .587, .114]), drawn[..., 3]
+    bright = (luminance*alpha).sum() > 0.75*255*alpha.sum()
+    ground = "black" if bright and alpha.min() < 255 else "white"
+    return Image.alpha_composite(Image.new("RGBA", im.size, ground), im)
+
+def _to_rgb(im, rotate=False):
+    "uint8 [H,W,3]; with `rotate` as the EXIF note says."
     if im.mode == "F": raise ValueError("its pixels are floating-point numbers: save it with 8 bits a channel")
-    if im.mode.startswith("I"):
-        grey = np.asarray(im)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("its grey values need more than 16 bits: save it with 8")
-        im = Image.fromarray((grey >> 8).astype(np.uint8))
-    if im.has_transparency_data:
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-    return np.array(im.convert("RGB"))
+    white, has_16_bits = _stated_white(im), im.mode == "RGB" and ";16" in str(getattr(im, "tile", ""))
+    if rotate: im = ImageOps.exif_transpose(im) # a copy, which no longer knows its file
+    if im.mode.startswith("I"): im = Image.fromarray(_grey(im, white))
+    if im.has_transparency_data: im = _on_ground(im)
+    pixels = np.array(im.convert("RGB"))
+    if has_16_bits and 0 < pixels.max() < 16: raise _too_dark(256*(int(pixels.max()) + 1) - 1)
+    return pixels
 
 def to_rgb(
     im:Image.Image, # of any mode
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if it is no good image
-    "The pixels of a Pillow image: upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
+    "The pixels of a Pillow image: upright, with 8 bits, on white or, if it is bright, on black; the first of its frames."
     if im.width*im.height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS//10**6} million"
-        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {limit}: shrink it")
-    return _to_rgb(ImageOps.exif_transpose(im))
+        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_LIMIT}: shrink it")
+    return _to_rgb(im, rotate=True)
 
 def read_image(
     path, # an image file of any format that Pillow reads
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if the file is no good image
     "The pixels of one image file, as `to_rgb` gives them."
     if not os.path.isfile(path): raise OSError("it is not there, or no ordinary file")
-    with Image.open(path) as im: return to_rgb(im)
+    try:
+        with Image.open(path) as im: return to_rgb(im)
+    except Image.DecompressionBombError: raise ValueError(f"it has more than {_LIMIT} pixels: shrink it") from None
 
 # %% ../../nbs/21_data.folders.ipynb #991009d4
 def fit(
@@ -228,6 +261,8 @@ def cache_folder() -> Path: # `$MTL_NB_CACHE`, else `mtl_nb` in the user's cache
     return Path(base or (mac if mac.is_dir() else Path.home()/".cache"))/"mtl_nb"
 
 # %% ../../nbs/21_data.folders.ipynb #4ad78b20
+_DECODED = 2 # raised when decoding changes, so that older caches are made anew
+
 def _short(text): return blake2b(str(text).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 def _stamp(classes):
@@ -263,7 +298,7 @@ class _Writer:
     "Writes a cache file: the pixels of one class after another, then the record."
     def __init__(self, f, names, skip_bad):
         self.f, self.skip_bad, self.first = f, skip_bad, None
-        self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[])
+        self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[], blank=[])
     def accept(self, item, key, pixels):
         "Whether an image goes into the bank; `key` is its hash, or the error when there are no pixels."
         if pixels is None:
@@ -273,6 +308,7 @@ class _Writer:
         if self.first is None: self.first, self.record["shape"] = item, pixels.shape
         shape = self.record["shape"]
         if pixels.shape != shape: raise BadInput(_two_sizes(self.first, shape, item, pixels.shape))
+        if (pixels == pixels[:, :1, :1]).all(): self.record["blank"].append(_say(item))
         return True
     def write_class(self, name, items, decoded):
         rows = [(key, pixels) for item, key, pixels in decoded if self.accept(item, key, pixels)]
@@ -340,7 +376,7 @@ def _open(path):
     with ThreadPoolExecutor(_cores()) as pool:
         if list(pool.map(zlib.crc32, blocks)) != r["checks"]: return None
     y = torch.repeat_interleave(torch.arange(len(r["counts"])), torch.tensor(r["counts"]))
-    return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"])
+    return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"], r.get("blank", ()))
 
 # %% ../../nbs/21_data.folders.ipynb #11048a83
 _temporary_folders:list[tempfile.TemporaryDirectory] = []
@@ -410,7 +446,7 @@ def build_bank(
     name = "".join(c if c.isalnum() else "_" for c in title)[-40:]
     prepared = f"{side}" if how == [1., "bicubic"] else f"{side} {how}"
     stem = f"{name}-{side or 'native'}-{_short(f'{where} {prepared} 1')}"
-    path = cache_folder()/f"{stem}-{_short(stamp or _stamp(classes))}.bank"
+    path = cache_folder()/f"{stem}-{_short(f'{stamp or _stamp(classes)} {_DECODED}')}.bank"
     bank = _open(path)
     if bank is None and path.exists(): print(f"the cache file {path} is damaged and is made anew")
     if bank is None or _readable_now(bank.skipped, read, skip_bad):
@@ -423,9 +459,26 @@ def folder_bank(
     # pixels a side: short side brought to it, centre cut out; or what a network expects; None: as they are
     size:int|Preprocessing|None=None,
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
+    strict:bool=False, # refuse identical pictures and blank ones, in place of a line
 ) -> ImageBank: # uint8 [n,3,H,W], mapped from the cache; raises `BadInput`
     "The bank of a folder of class folders."
-    return build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
+    bank = build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
+    say_doubts({Path(root).name: bank}, strict)
+    return bank
+
+def say_doubts(
+    banks:Mapping[str,ImageBank], # by split name
+    strict:bool=False, # refuse, in place of a line
+    known:int=0, # pictures of a benchmark that are known to be in two splits: as many are not mentioned
+) -> None: # raises `BadInput` if `strict`
+    "Say what is legible and probably a mistake: identical pictures, pictures of one colour. A line each."
+    found = find_duplicates(banks)
+    if sum(found.get("across", {}).values()) <= known and known: found = {}
+    lines, blank = [duplicates_line(found)], [o for bank in banks.values() for o in bank.blank]
+    if blank: lines.append(f"pictures of one colour only: {len(blank):,} ({_some(blank, 2)})")
+    for line in filter(None, lines):
+        require(not strict, f"{line}: --strict refuses them")
+        print(f"warning: {line}")
 
 # %% ../../nbs/21_data.folders.ipynb #974de1d1
 def split_files(
@@ -484,9 +537,12 @@ def folder_splits(
     size:int|Preprocessing|None=None, # pixels a side or what a network expects, as in `folder_bank`
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
+    strict:bool=False, # refuse identical pictures and blank ones, in place of a line
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "The banks of ROOT/{train,val,test}/CLASS/*."
-    return build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)
+    banks = build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)
+    say_doubts(banks, strict)
+    return banks
 
 # %% ../../nbs/21_data.folders.ipynb #12f45188
 def _as_pixels(image):
@@ -560,4 +616,6 @@ def bank_from_dataset(
     require(pixels, "the data set has no pictures")
     known = sorted(set(labels))
     y = torch.tensor([known.index(o) for o in labels])
-    return ImageBank(torch.from_numpy(np.stack(pixels)), y, known, torch.tensor(hashes))
+    bank = ImageBank(torch.from_numpy(np.stack(pixels)), y, known, torch.tensor(hashes))
+    say_doubts({"the data set": bank})
+    return bank

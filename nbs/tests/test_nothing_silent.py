@@ -10,8 +10,11 @@ from PIL import Image
 
 from mtl_nb.cli import main
 from mtl_nb.core import BadInput
-from mtl_nb.data.datasets import _from_folders, split_table
-from mtl_nb.data.folders import folder_bank, folder_splits, picture_files
+from mtl_nb.data.bank import ImageBank, duplicates_line, find_duplicates
+from mtl_nb.data.datasets import DATASETS, _from_folders, load_data, split_table
+from mtl_nb.data.folders import folder_bank, folder_splits, picture_files, read_image, say_doubts
+from mtl_nb.evaluation.meta_test import unpack_hashes
+from mtl_nb.experiments.records import read_record
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.publish import load_weights
 from mtl_nb.train.checkpoints import load, load_backbone, save, trained_size
@@ -211,3 +214,145 @@ def test_a_benchmark_whose_classes_lie_side_by_side_says_what_it_leaves_out(caps
     said = capsys.readouterr().out
     assert f"passed over the test split of FC100: 1 of its 20 classes is missing, such as {table['test'][0]}" in said
     assert "passed over 1 folder of no class of FC100, such as zzz" in said
+
+
+# --- pictures that would be blank ----------------------------------------------------------------------------------
+def ink(level, ground=0): # strokes on a transparent ground
+    a = np.full((20, 20, 4), (ground, ground, ground, 0), np.uint8)
+    a[5:15, 5:15] = level, level, level, 255
+    return a
+
+
+@pytest.mark.parametrize("level, ground", [(255, 0), (255, 255), (230, 255), (0, 0), (0, 255), (120, 255)])
+def test_strokes_are_seen_on_their_ground(level, ground):
+    for a in ink(level, ground), ink(level, ground)[..., 2:]: # in colour, and grey with alpha
+        Image.fromarray(a).save("x.png")
+        got = read_image("x.png").astype(int)
+        assert (got[5:15, 5:15] == level).all() and abs(got[0, 0, 0] - level) >= 100
+        assert got[0, 0, 0] == (0 if level > 191 else 255)
+
+
+GREY = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint16)
+GREY[0, 0], GREY[0, 1] = 255, 0
+
+
+@pytest.mark.parametrize("array, name, options, factor", [
+    (GREY*16 + 15, "x.tif", dict(tiffinfo={281: 4095}), 1), # the file says what is white
+    (GREY.astype(np.int32), "x.tif", {}, 1),
+    (GREY*257, "x.png", {}, 1), (GREY*257, "x.tif", {}, 1), (GREY.astype(np.int32)*257, "x.tif", {}, 1)])
+def test_more_than_8_bits(array, name, options, factor):
+    Image.fromarray(array).save(name, **options)
+    assert abs(read_image(name)[..., 0].astype(int) - GREY).max() <= 1
+
+
+@pytest.mark.parametrize("array, name", [(GREY*16, "x.png"), (GREY, "x.png"), (GREY*16, "x.tif"), (GREY.astype(np.int32)*16, "x.tif")])
+def test_16_bits_that_would_be_black_are_refused(array, name):
+    Image.fromarray(array).save(name)
+    with pytest.raises(ValueError, match="no value above .* of 65,535, so it would be black"): read_image(name)
+    Image.fromarray(array*0).save(name) # black is black
+    assert read_image(name).max() == 0
+
+
+def png_rgb16(values):
+    "A PNG of 16 bits a channel, which Pillow does not write."
+    import struct
+    import zlib
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_colours_of_16_bits():
+    colours = GREY[..., None].repeat(3, 2)
+    Path("x.png").write_bytes(png_rgb16(colours*257))
+    np.testing.assert_array_equal(read_image("x.png"), colours)
+    Path("x.png").write_bytes(png_rgb16(colours*16))
+    with pytest.raises(ValueError, match="no value above .* of 65,535"): read_image("x.png")
+
+
+def test_blank_pictures_and_a_class_of_one_picture_are_pointed_out(capsys):
+    place = classes(Path("set"), 0, "ab", 4)
+    for i in range(3): Image.new("RGB", (16, 16), (0, 0, 50*i)).save(place/f"b/{i:02}.png")
+    for i in range(4): shutil.copy(place/"a/00.png", place/f"a/{i:02}.png") if i else None
+    says = [f"warning: identical pictures: 3 within set (such as 4 times in set/a)",
+            f"warning: pictures of one colour only: 3 ({Path('set').resolve()/'b/00.png'}, "]
+    for _ in "decoded", "from the cache":
+        bank = folder_bank(place.resolve())
+        first, second = capsys.readouterr().out.splitlines()
+        assert first == says[0] and second.startswith(says[1]) and len(bank.blank) == 3 == len(bank.to("cpu").blank)
+    with pytest.raises(BadInput, match="identical pictures.*--strict refuses them"): folder_bank(place, strict=True)
+
+
+# --- leaks ---------------------------------------------------------------------------------------------------------
+def leaky(place):
+    "A test class is a renamed copy of a train class; a class of train is one picture; two names differ in case."
+    splits(place)
+    shutil.rmtree(place/"test/test0")
+    shutil.copytree(place/"train/train0", place/"test/copy")
+    for i in range(1, 12): shutil.copy(place/"train/train1/00.png", place/f"train/train1/{i:02}.png")
+    (place/"val/val0").rename(place/"val/TRAIN2")
+    return place
+
+
+LINE = ("identical pictures: 11 within train, 12 in both train and test (such as train/train0 = test/copy; 12 times in "
+        "train/train1); class names that differ in upper and lower case only: train/train2 = val/TRAIN2")
+
+
+def test_duplicates_are_counted_at_loading(capsys):
+    banks = folder_splits(leaky(Path("set")))
+    assert capsys.readouterr().out == f"warning: {LINE}\n"
+    assert find_duplicates(banks) == dict(
+        within=dict(train=11), across={"train, test": 12}, names=["train/train2 = val/TRAIN2"],
+        examples=["train/train0 = test/copy", "12 times in train/train1"])
+    assert duplicates_line(find_duplicates(banks)) == LINE
+    for load in folder_splits, load_data:
+        with pytest.raises(BadInput, match="--strict refuses"): load("set", strict=True)
+    assert find_duplicates(folder_splits(splits(Path("clean")))) == {} and capsys.readouterr().out.count("warning") == 0
+
+
+def test_duplicates_of_a_run(capsys, finished):
+    leaky(Path("set"))
+    run = "run", "--data", "set", "--shots", 1, "--json", *(*PHASE1, *TINY)[:-1]
+    refused(capsys, "identical pictures: 11 within train, 12 in both", *run, "--out", "no", "--strict")
+    assert not Path("no").exists()
+    said = mtl(capsys, *run, "--out", "out")
+    assert said.err.count("warning: identical") == 1
+    record = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    assert record["duplicates"] == json.loads(said.out)["duplicates"] and record["duplicates"]["across"] == {"train, test": 12}
+    assert read_record(Path("out/results.json"))["duplicates"] == record["duplicates"]
+    assert "duplicates" not in json.loads((finished/"run/results.json").read_text(encoding="utf-8"))
+
+
+def test_pictures_that_saved_weights_were_trained_on(capsys, finished):
+    splits(Path("set"))
+    shutil.rmtree("set/test/test0")
+    shutil.copytree(finished/"set/train/train0", "set/test/copy")
+    line = "identical pictures: 12 of test are among those that the backbone was trained on (such as in copy)"
+    for weights in "run", "run/mtl-1shot.safetensors", "run/pretrain.safetensors":
+        test = "test", "--weights", finished/weights, "--query", 5, "--tasks", 10, "--way", 2, "--data", "set", "--json"
+        said = mtl(capsys, *test)
+        assert said.err.count(line) == 1 and json.loads(said.out)["duplicates"] == {"across": {"backbone, test": 12}}
+        refused(capsys, line, *test, "--strict")
+    for split in "train", "val": shutil.rmtree(f"set/{split}")
+    classes(Path("set/train"), 70, "abc")
+    classes(Path("set/val"), 80, "def")
+    run = "run", "--data", "set", "--backbone", finished/"run/pretrain.safetensors", "--shots", 1, *TINY
+    refused(capsys, line, *run, "--out", "no", "--size", 16, "--strict")
+    assert line in mtl(capsys, *run, "--size", 16, "--out", "out").err
+    record = json.loads(Path("out/results.json").read_text(encoding="utf-8"))
+    assert record["duplicates"] == {"across": {"backbone, test": 12}}
+    seen = unpack_hashes(load(Path("out/pretrain.safetensors"))[1]["seen"])
+    assert len(seen) == 72 # those of the given backbone, and of this run's train
+
+
+def test_what_a_benchmark_is_known_to_hold_is_not_said_again(capsys):
+    def banks(n):
+        a = ImageBank(torch.from_numpy(np.stack([pixels(i) for i in range(20)])).permute(0, 3, 1, 2), torch.arange(20)//10, ["a", "b"])
+        b = ImageBank(a.x[20 - n:], torch.zeros(n, dtype=torch.int64), ["c"])
+        return dict(train=a, test=b)
+    say_doubts(banks(3), known=3)
+    assert capsys.readouterr().out == ""
+    say_doubts(banks(4), known=3)
+    assert "4 in both train and test" in capsys.readouterr().out
+    assert [DATASETS[o].duplicates for o in ("fc100", "cifar-fs", "miniimagenet", "omniglot", "glyphs")] == [3, 15, 6, 0, 0]
