@@ -354,6 +354,12 @@ def _read_config(options):
     _, name = _data_name(options, "glyphs")
     return preset(options.preset or "quick", name, seed=options.seed or 0), None
 
+def _check_backbone_file(path):
+    inside = path/"pretrain.safetensors"
+    require(not path.is_dir() or not inside.is_file(), f"--backbone: {path} is a folder: give the file in it, {inside}")
+    require(not path.is_dir(), f"--backbone: {path} is a folder, and there is no pretrain.safetensors in it")
+    require(path.is_file(), f"--backbone: no such file: {path}")
+
 def _final_config(options, config, changes):
     "The config with what the command line sets otherwise."
     from mtl_nb.experiments.config import PHASE1, with_overrides
@@ -363,7 +369,7 @@ def _final_config(options, config, changes):
             f"--compute-matched takes the whole config from the record: leave out {flags}")
     own = [_flag(o) for o in changes if o.split(".")[0] in PHASE1]
     require(not options.backbone or not own, f"--backbone brings its phase 1 with it: leave out {', '.join(own)}")
-    require(not options.backbone or Path(options.backbone).is_file(), f"--backbone: no such file: {options.backbone}")
+    if options.backbone: _check_backbone_file(Path(options.backbone))
     require(not config.backbone or options.backbone, f"the run of {options.config} took its backbone from another run: "
             "give that weights file with --backbone")
     if "methods" in options.given: config = replace(config, methods=parse_methods(options.texts["methods"]))

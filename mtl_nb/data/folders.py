@@ -298,20 +298,26 @@ class _Writer:
     "Writes a cache file: the pixels of one class after another, then the record."
     def __init__(self, f, names, skip_bad):
         self.f, self.skip_bad, self.first = f, skip_bad, None
+        self.bad:list[tuple] = [] # images that cannot be read, each with its error
         self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[], blank=[])
     def accept(self, item, key, pixels):
         "Whether an image goes into the bank; `key` is its hash, or the error when there are no pixels."
         if pixels is None:
-            if not self.skip_bad: raise BadInput(unreadable(item, key))
-            self.record["skipped"].append(_say(item))
+            if self.skip_bad: self.record["skipped"].append(_say(item))
+            else: self.bad.append((item, key))
+            if len(self.bad) == _MOST_NAMED: self.check()
             return False
         if self.first is None: self.first, self.record["shape"] = item, pixels.shape
         shape = self.record["shape"]
         if pixels.shape != shape: raise BadInput(_two_sizes(self.first, shape, item, pixels.shape))
         if (pixels == pixels[:, :1, :1]).all(): self.record["blank"].append(_say(item))
         return True
+    def check(self):
+        "Name all images that cannot be read, so that they can be replaced at once."
+        if self.bad: raise BadInput(unreadable(*self.bad[0]) if len(self.bad) == 1 else _unreadable_ones(self.bad))
     def write_class(self, name, items, decoded):
         rows = [(key, pixels) for item, key, pixels in decoded if self.accept(item, key, pixels)]
+        if self.bad: return # there will be no bank: only the other ones are looked for
         require(rows, f"class '{name}' has no image that can be read ({_say(items[0])} and {len(items) - 1} more)")
         rows.sort(key=lambda row: row[0])
         block = np.ascontiguousarray(np.stack([pixels for _, pixels in rows]))
@@ -320,6 +326,7 @@ class _Writer:
         self.record["checks"].append(zlib.crc32(block))
         self.record["hashes"] += [key for key, _ in rows]
     def finish(self):
+        self.check()
         record = json.dumps(self.record).encode()
         self.f.write(record + b"%012d%012d" % (len(record), zlib.crc32(record)))
 
@@ -344,16 +351,26 @@ def _two_sizes(a, shape, b, other):
     return (f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; "
             f"give the size to bring them to, such as --size {smallest}")
 
+_MOST_NAMED = 20 # images that cannot be read
+
+def _reason(item, error):
+    "The name of an image that cannot be read, and why."
+    why = "no permission" if isinstance(error, PermissionError) else str(error)
+    if isinstance(error, UnidentifiedImageError):
+        why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
+    return f"{_say(item)} ({_say(why or type(error).__name__)})"
+
 def unreadable(
     item, # the path of an image, or a name for it
     error:Exception, # what reading it raised
 ) -> str: # one line
     "The message when an image cannot be read."
-    why = "no permission" if isinstance(error, PermissionError) else str(error)
-    if isinstance(error, UnidentifiedImageError):
-        why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
-    return (f"cannot read the image {_say(item)} ({_say(why or type(error).__name__)}): "
-            "replace or delete it, or go on without it: --skip-bad")
+    return f"cannot read the image {_reason(item, error)}: replace or delete it, or go on without it: --skip-bad"
+
+def _unreadable_ones(bad):
+    count = f"{len(bad)} images{' or more' if len(bad) == _MOST_NAMED else ''}"
+    named = "; ".join(_reason(*o) for o in bad)
+    return f"cannot read {count}: {named}: replace or delete them, or go on without them: --skip-bad"
 
 def _read_record(f):
     "The record at the end of an open cache file; None when it is damaged."

@@ -15,9 +15,10 @@ from mtl_nb.data.datasets import DATASETS, _from_folders, load_data, split_table
 from mtl_nb.data.folders import folder_bank, folder_splits, picture_files, read_image, say_doubts
 from mtl_nb.evaluation.meta_test import unpack_hashes
 from mtl_nb.experiments.records import read_record
+from mtl_nb.methods.base import load_model
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.publish import load_weights
-from mtl_nb.train.checkpoints import load, load_backbone, save, trained_size
+from mtl_nb.train.checkpoints import RunFolder, load, load_backbone, save, trained_size
 
 root = Path(__file__).parents[2]
 QUICK = root/"data/weights/glyphs-quick-s0"
@@ -356,3 +357,96 @@ def test_what_a_benchmark_is_known_to_hold_is_not_said_again(capsys):
     say_doubts(banks(4), known=3)
     assert "4 in both train and test" in capsys.readouterr().out
     assert [DATASETS[o].duplicates for o in ("fc100", "cifar-fs", "miniimagenet", "omniglot", "glyphs")] == [3, 15, 6, 0, 0]
+
+
+# --- messages ------------------------------------------------------------------------------------------------------
+def config(**phase1): return dict(recipe=dict(phase1=phase1), recipe_sha256=str(phase1), data={})
+
+
+def one_line(call, *words):
+    with pytest.raises(BadInput) as e: call()
+    text = str(e.value)
+    assert "\n" not in text and all(o in text for o in words), text
+    return text
+
+
+def test_a_difference_of_configs_is_never_cut_inside_a_number():
+    for n in range(1, 30):
+        there, here = ({f"{'x'*n}{i}": 1000*i + side for i in range(1, 12)} for side in (1, 2))
+        shutil.rmtree("run", ignore_errors=True)
+        RunFolder(Path("run"), config(**there))
+        said = one_line(lambda: RunFolder(Path("run"), config(**here), resume=True), "choose another --out")
+        shown = said.partition("(")[2].partition(")")[0].split("; ")
+        whole = [f"phase1.{k}: {there[k]} there, {here[k]} here" for k in there]
+        more = shown.pop() if shown[-1].startswith("and ") else None
+        assert shown == whole[:len(shown)] and len(shown) >= 1
+        assert more == (f"and {11 - len(shown)} more" if len(shown) < 11 else None)
+
+
+def test_a_pickle_a_folder_and_other_files_in_place_of_weights(capsys, finished):
+    torch.save(ResNet12((4, 4, 8, 8)).state_dict(), "net.pth")
+    torch.save({"w": torch.zeros(2)}, "old.pth", _use_new_zipfile_serialization=False)
+    Path("empty").write_bytes(b"")
+    for name in "net.pth", "old.pth":
+        said = one_line(lambda: load(Path(name)), name, "it is a pickle", "write its tensors with mtl_nb.train.checkpoints.save")
+        assert "header" not in said
+    one_line(lambda: load(Path("empty")), "empty is damaged or no safetensors file (it is empty)")
+    run = "run", "--data", finished/"set", "--shots", 1, "--out", "out", *TINY, "--backbone"
+    refused(capsys, "it is a pickle", *run, "net.pth")
+    refused(capsys, f"is a folder: give the file in it, {finished/'run/pretrain.safetensors'}", *run, finished/"run")
+    refused(capsys, "is a folder, and there is no pretrain.safetensors in it", *run, finished/"set")
+    one_line(lambda: load(finished/"run"), "is a folder: give a file in it, such as", "mtl-1shot.safetensors")
+
+
+def test_names_of_a_parallel_network_are_explained(finished):
+    for name, read in ("pretrain", load_backbone), ("mtl-1shot", load_model):
+        shutil.copytree(finished/"run", name)
+        file = Path(name, f"{name}.safetensors")
+        tensors, record = load(file)
+        save(file, {f"module.{k}": v for k, v in tensors.items()}, record)
+        one_line(lambda: read(file), str(file), "its names begin with 'module.': save the `.module` of the parallel network")
+        missing = max(k for k in tensors if "centre" not in k)
+        save(file, {k: v for k, v in tensors.items() if k != missing}, record)
+        one_line(lambda: read(file), f"it lacks '{missing}'")
+
+
+def test_a_damaged_state_says_a_way_out(finished, capsys):
+    folder = RunFolder(Path("run"), config(epochs=1))
+    folder.save_state("phase1", x=torch.zeros(3))
+    raw = Path("run/.phase1.state").read_bytes()
+    for data in raw[:-4], raw[:40], b"":
+        Path("run/.phase1.state").write_bytes(data)
+        one_line(lambda: folder.load_state("phase1"), "run/.phase1.state", "delete it, and --resume begins this part of the run anew")
+    save(Path("run/.phase1.state"), {}, dict(kind="state", tree=dict(dict=[])))
+    one_line(lambda: folder.load_state("phase1"), "it holds no log: delete it")
+    run = "run", "--data", finished/"set", "--shots", 1, "--out", "out", "--size", "none", *PHASE1, *TINY
+    assert main([*map(str, run), "--minutes", "1e-6"]) == 75
+    state = Path("out/.phase1.state")
+    state.write_bytes(state.read_bytes()[:-9])
+    capsys.readouterr()
+    refused(capsys, "delete it, and --resume begins", *run, "--resume")
+    state.unlink()
+    mtl(capsys, *run, "--resume")
+    new, old = (json.loads((o/"results.json").read_text())["rows"] for o in (Path("out"), finished/"run"))
+    assert [r["correct"] for r in new] == [r["correct"] for r in old if r["shot"] == 1]
+
+
+@pytest.mark.parametrize("bad", [1, 2, 19, 30])
+def test_all_bad_pictures_are_named_up_to_twenty(bad):
+    files = sorted(classes(Path("set"), 0, "abc", 12).rglob("*.png"))[:bad]
+    for file in files: file.write_bytes(b"no picture")
+    said = one_line(lambda: folder_bank("set"), "cannot read", "--skip-bad")
+    assert sum(str(file) in said for file in files) == min(bad, 20) == said.count("(it is no image that Pillow knows)")
+    assert ("20 images or more" in said) == (bad > 20) and ("the image " in said) == (bad == 1)
+
+
+def test_a_class_of_bad_pictures_is_named_too():
+    classes(Path("set"), 0, "abc", 2)
+    for file in Path("set/b").iterdir(): file.write_bytes(b"")
+    one_line(lambda: folder_bank("set"), "cannot read 2 images: ", "b/00.png (the file is empty); ", "b/01.png (the file is empty): ")
+
+
+@pytest.mark.parametrize("side", [9_500, 14_000]) # Pillow warns of the first and refuses the second
+def test_too_many_pixels_in_our_words(side):
+    Image.new("1", (side, side)).save("x.png")
+    with pytest.raises(ValueError, match="more than 89 million( pixels)?: shrink it"): read_image("x.png")
