@@ -34,7 +34,7 @@ from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
 
 from . import __version__
-from .core import BadInput, atomic_write, did_you_mean, read_json, require
+from .core import BadInput, as_utf8, atomic_write, did_you_mean, file_name, printable, read_json, require, say
 
 LOG = logging.getLogger("mtl_nb")
 
@@ -51,11 +51,11 @@ def run_command(
     try:
         with ExitStack() as muted, _logging_restored():
             if not first:
-                nowhere = muted.enter_context(open(os.devnull, "w"))
+                nowhere = muted.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 for redirect in (redirect_stdout, redirect_stderr): muted.enter_context(redirect(nowhere))
             code = command() or 0
     except BadInput as e:
-        if first: print(f"{prog}: {e}", file=sys.stderr)
+        if first: say(f"{prog}: {printable(e)}", sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         if first: print(f"{prog}: stopped{hint}", file=sys.stderr)
@@ -66,7 +66,7 @@ def run_command(
     return code
 
 class _ToStderr(logging.Handler):
-    def emit(self, record): print(self.format(record), file=sys.stderr, flush=True)
+    def emit(self, record): say(printable(self.format(record)), sys.stderr)
 
 def show_messages(
     quiet:bool=False, # warnings only
@@ -331,7 +331,7 @@ def _data_name(options, default):
     data = options.data or default
     entry = DATASETS.get(data.lower())
     if entry: name = data.lower()
-    else: name = Path(data).resolve().name
+    else: name = as_utf8(Path(data).resolve().name)
     on_disk = [k for k, o in DATASETS.items() if o.on_disk]
     require(not options.root or entry and entry.on_disk,
             f"--root is for {', '.join(on_disk)}; for a folder of your own use --data {options.root}")
@@ -434,16 +434,21 @@ def _eval_split(config, banks, asked):
 def _run_folder(options, config):
     label = re.sub("[^A-Za-z0-9.]+", "-", config.preset).strip("-")
     if options.compute_matched: label += "-equal"
-    return Path(options.out or f"data/runs/{config.data}-{label}-s{config.seed}")
+    return Path(options.out or file_name(f"data/runs/{config.data}-{label}-s{config.seed}"))
 
 def _without_answers(results): # the answers of each task stay in the file
     rows = [{k: v for k, v in row.items() if k != "correct"} for row in results["rows"]]
     return results | dict(rows=rows)
 
+def _say_json(found, **how):
+    "JSON in UTF-8; on a terminal of another encoding in ASCII, which every reader takes."
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    say(json.dumps(found, ensure_ascii=encoding != "utf8", **how))
+
 def _print_results(results, as_json):
     from mtl_nb.experiments.records import results_table
-    if as_json: print(json.dumps(_without_answers(results), indent=1, ensure_ascii=False), flush=True)
-    else: print(f"\n{results_table(results)}", flush=True)
+    if as_json: _say_json(_without_answers(results), indent=1)
+    else: say(f"\n{results_table(results)}")
 
 def _same_images(banks, record):
     digests = {k: bank.digest for k, bank in banks.items()}
@@ -751,12 +756,12 @@ def mtl_results(
     require(any(records.glob("*.json")), f"--records: there are no records in {records}: "
             "put the results.json of runs there, each under a name of its own")
     from mtl_nb.experiments.report import report
-    if options.out is None: return print(report(records))
+    if options.out is None: return say(report(records))
     folder = Path(options.out)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"--out: cannot write to {options.out}: {e.strerror}") from None
     atomic_write(folder/"results.md", report(records, folder).encode())
-    print(f"{folder/'results.md'} and {len(list(folder.glob('figure4-*.png')))} pictures of Figure 4")
+    say(f"{printable(folder/'results.md')} and {len(list(folder.glob('figure4-*.png')))} pictures of Figure 4")
 
 @dataclass
 class BenchOptions:
@@ -798,7 +803,7 @@ def mtl_bench(
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))
-    if options.json: print(json.dumps(record, indent=1))
+    if options.json: _say_json(record, indent=1)
     LOG.info(f"The record is {file}")
 
 # %% ../nbs/22_cli.ipynb #c0de2201
@@ -850,8 +855,8 @@ def mtl_learn(
     _say_skipped(skipped or {})
     recognizer.save(file)
     estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
-    if not options.json: return print(f"{file}: {recognizer.summary}")
-    print(json.dumps(dict(file=file, classes=counts, estimate=estimate and estimate._asdict()), ensure_ascii=False))
+    if not options.json: return say(f"{printable(file)}: {recognizer.summary}")
+    _say_json(dict(file=as_utf8(file), classes=counts, estimate=estimate and estimate._asdict()))
 
 # %% ../nbs/22_cli.ipynb #c0de2202
 @dataclass
@@ -870,13 +875,13 @@ class RecognizeOptions:
 def _answer_line(answer):
     "A picture, its class, and how probable each of the top classes is."
     ranked = ", ".join(f"{name} {100*p:.0f} %" for name, p in answer.probabilities.items())
-    return f"{answer.picture}: {answer.name} ({ranked})"
+    return f"{printable(answer.picture)}: {answer.name} ({ranked})"
 
 def _write_csv(answers, file):
     "A line a picture."
     ranks = range(1, 1 + len(answers[0].probabilities))
     heads = ["picture", "answer", *(o for i in ranks for o in (f"class {i}", f"probability {i}"))]
-    rows = [[o.picture, o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))] for o in answers]
+    rows = [[as_utf8(str(o.picture)), o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))] for o in answers]
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
@@ -917,8 +922,9 @@ def mtl_recognize(
     if options.sort: sort_pictures(answers, options.sort)
     if options.csv: _write_csv(answers, options.csv)
     if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
-    if not options.json: return print("\n".join(map(_answer_line, answers)))
-    print(json.dumps(dict(answers=[o._asdict() for o in answers], left_out=list(skipped.values())), ensure_ascii=False))
+    if not options.json: return say("\n".join(map(_answer_line, answers)))
+    rows = [o._asdict() | dict(picture=as_utf8(str(o.picture))) for o in answers]
+    _say_json(dict(answers=rows, left_out=list(skipped.values())))
 
 # %% ../nbs/22_cli.ipynb #0e29a001
 @dataclass
@@ -948,7 +954,7 @@ def mtl_export(
     _check_choice(options.weights, shot=options.shot, method=options.method)
     model, preprocessing, _ = load_extractor(options.weights, preprocessing, options.shot, options.method)
     about = export_onnx(model, Path(options.onnx), preprocessing)
-    if options.json: print(json.dumps(about, indent=1))
+    if options.json: _say_json(about, indent=1)
     LOG.info(f"The network is in {options.onnx}, and how to use it in {Path(options.onnx).with_suffix('.json')}")
 
 # %% ../nbs/22_cli.ipynb #e7d65e5d
@@ -974,14 +980,14 @@ def main(
     argv:Sequence[str]|None=None, # what follows `mtl`; None: as this process was started
 ) -> int: # the exit code
     "The command `mtl`."
-    if argv is None: _say_every_sign()
+    if argv is None: _print_every_sign()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"): return print(OVERVIEW) or 0
     if argv[0] == "--version": return print(f"mtl_nb {__version__}") or 0
     hint = "; the same command with --resume goes on from here" if argv[0] == "run" else ""
     return run_command(lambda: _dispatch(*argv), hint=hint)
 
-def _say_every_sign():
+def _print_every_sign():
     "A sign that the terminal's encoding lacks is shown as an escape; it stops no command."
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper): stream.reconfigure(errors="backslashreplace")

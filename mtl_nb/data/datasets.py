@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import BadInput, did_you_mean, require
+from ..core import BadInput, did_you_mean, printable, require, say
 from .bank import ImageBank
 from .folders import Preprocessing, build_splits, class_files, fit, folder_splits, say_doubts, split_files
 from .glyphs import glyphs
@@ -170,12 +170,12 @@ def _say_left_out(place, title, files, incomplete, table):
         missing = [o for o in names if o not in files]
         if len(missing) < len(names):
             verb = "is" if len(missing) == 1 else "are"
-            print(f"{place}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} classes "
+            say(f"{printable(place)}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} classes "
                   f"{verb} missing, such as {missing[0]}")
     known = {o for names in table.values() for o in names}
     strange = [o for o in files if o not in known]
     count = f"{len(strange)} folder{'s' if len(strange) > 1 else ''}"
-    if strange: print(f"{place}: passed over {count} of no class of {title}, such as {strange[0]}")
+    if strange: say(f"{printable(place)}: passed over {count} of no class of {title}, such as {strange[0]}")
 
 def _from_folders(root, title, table, need):
     "The files of class folders, which lie side by side or under train/, val/, test/ in root/title or root; else None."
@@ -198,7 +198,7 @@ def _check_classes(listed, entry, where):
                            f"(such as '{known[0]}'): for a set of your own give its folder, --data {where}")
         count, full = sum(map(len, classes.values())), len(known)*entry.per_class
         if count != full:
-            print(f"{entry.title}, {split}: {count} images of {len(classes)} classes, "
+            say(f"{entry.title}, {split}: {count} images of {len(classes)} classes, "
                   f"the full set has {full} of {len(known)}: do not compare with published numbers")
 
 def _load(name, find, root, size, skip_bad, need):

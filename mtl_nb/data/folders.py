@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..core import BadInput, require
+from ..core import BadInput, as_utf8, printable, require, say
 from .bank import MEAN, STD, ImageBank, check_disjoint, duplicates_line, find_duplicates, pixel_hash
 
 # %% ../../nbs/21_data.folders.ipynb #563fcd3b
@@ -147,14 +147,9 @@ def _geometry(size):
 # %% ../../nbs/21_data.folders.ipynb #0bc203ff
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "icon\r"}
 
-def _say(text):
-    "A name for a message: control characters, line ends and broken bytes as escapes."
-    escaped = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in escaped else c for c in str(text))
-
 def _some(names, k=3):
     "The first names of a list, for a message."
-    return ", ".join(map(_say, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
+    return ", ".join(map(printable, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
 
 def _is_dir(entry):
     with suppress(OSError): return entry.is_dir() # a circular link raises
@@ -165,11 +160,11 @@ def _children(folder):
     "Names of the folders and of the files in `folder`, without hidden ones."
     try:
         with os.scandir(folder) as it: found = sorted((o.name, _is_dir(o)) for o in it if not _is_junk(o.name))
-    except FileNotFoundError: raise BadInput(f"no such folder: {_say(folder)}") from None
+    except FileNotFoundError: raise BadInput(f"no such folder: {printable(folder)}") from None
     except NotADirectoryError:
-        raise BadInput(f"{_say(folder)} is a file: give the folder that holds the class folders") from None
-    except PermissionError: raise BadInput(f"no permission to read the folder {_say(folder)}") from None
-    except OSError as e: raise BadInput(f"cannot read the folder {_say(folder)}: {_say(e.strerror or e)}") from None
+        raise BadInput(f"{printable(folder)} is a file: give the folder that holds the class folders") from None
+    except PermissionError: raise BadInput(f"no permission to read the folder {printable(folder)}") from None
+    except OSError as e: raise BadInput(f"cannot read the folder {printable(folder)}: {printable(e.strerror or e)}") from None
     return [n for n, is_dir in found if is_dir], [n for n, is_dir in found if not is_dir]
 
 # %% ../../nbs/21_data.folders.ipynb #3c1089ac
@@ -188,7 +183,7 @@ def _say_passed_over(root, **names):
         one = len(found) == 1
         return f"{len(found)} {kinds[kind].format('' if one else 's', 's' if one else '')}: {_some(found)}"
     said = [counted(kind, found) for kind, found in names.items() if found]
-    if said: print(f"{_say(root)}: passed over {'; '.join(said)}")
+    if said: say(f"{printable(root)}: passed over {'; '.join(said)}")
 
 def _images_in(where, name):
     "Paths of the images that lie directly in a class folder, and names of its other files and of its folders."
@@ -198,7 +193,7 @@ def _images_in(where, name):
         hint = ": add some, or delete the folder"
         if other: hint = f", only other files ({_some(other)})"
         if folders: hint = f", only folders ({_some(folders)}): images must lie directly in it"
-        raise BadInput(f"no images in the class folder {_say(where)}{hint}")
+        raise BadInput(f"no images in the class folder {printable(where)}{hint}")
     return [f"{where}{os.sep}{n}" for n in images], other, [f"{name}/{n}" for n in folders]
 
 def class_files(
@@ -209,10 +204,10 @@ def class_files(
     folders, files = _children(root)
     if len(folders) < 2 or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
-        name, where = unicodedata.normalize("NFC", folder), os.path.join(root, folder)
-        require(_say(name) == name,
-                f"the name of the class folder {_say(where)} holds characters that cannot be printed: rename it")
-        require(name not in out, f"two class folders in {_say(root)} are both called '{name}': rename one")
+        name, where = unicodedata.normalize("NFC", as_utf8(folder)), os.path.join(root, folder)
+        require(printable(name) == name,
+                f"the name of the class folder {printable(where)} holds characters that cannot be printed: rename it")
+        require(name not in out, f"two class folders in {printable(root)} are both called '{name}': rename one")
         out[name], files_left, folders_left = _images_in(where, name)
         other += files_left
         deep += folders_left
@@ -222,14 +217,14 @@ def class_files(
 # %% ../../nbs/21_data.folders.ipynb #33d649a7
 def _wrong_level(root, folders, files):
     "The message when a folder does not hold classes."
-    where, images = _say(root), [n for n in files if _is_image(n)]
+    where, images = printable(root), [n for n in files if _is_image(n)]
     if folders and set(folders) <= set(_SPLITS):
         one = f"{where}{os.sep}{folders[0]}"
         return f"{where} holds splits ({_some(folders)}), not classes: give one of them, such as {one}"
     if images:
         return (f"images lie directly in {where} ({_some(images, 1)}): "
                 f"put those of each class into a folder of its own, {where}/CLASS/*")
-    if folders: return f"only one class in {where} ({_say(folders[0])}): at least two are needed"
+    if folders: return f"only one class in {where} ({printable(folders[0])}): at least two are needed"
     return f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
 
 # %% ../../nbs/21_data.folders.ipynb #d3a71c02
@@ -239,7 +234,7 @@ def picture_files(
     "List images, whether or not they are sorted into class folders."
     where = os.path.expanduser(where)
     if os.path.isfile(where): return [os.fspath(where)]
-    require(os.path.exists(where), f"no such file or folder: {_say(where)}")
+    require(os.path.exists(where), f"no such file or folder: {printable(where)}")
     folders, names = _children(where)
     deep:list[str] = []
     for folder in folders:
@@ -248,7 +243,7 @@ def picture_files(
         names += [os.path.join(folder, o) for o in files]
     _say_passed_over(where, other=[o for o in names if not _is_image(o)], deep=deep)
     found = [os.path.join(where, o) for o in names if _is_image(o)]
-    require(found, f"no images in {_say(where)}: it must hold some, or folders that hold some")
+    require(found, f"no images in {printable(where)}: it must hold some, or folders that hold some")
     return found
 
 # %% ../../nbs/21_data.folders.ipynb #0cc18b94
@@ -303,14 +298,14 @@ class _Writer:
     def accept(self, item, key, pixels):
         "Whether an image goes into the bank; `key` is its hash, or the error when there are no pixels."
         if pixels is None:
-            if self.skip_bad: self.record["skipped"].append(_say(item))
+            if self.skip_bad: self.record["skipped"].append(printable(item))
             else: self.bad.append((item, key))
             if len(self.bad) == _MOST_NAMED: self.check()
             return False
         if self.first is None: self.first, self.record["shape"] = item, pixels.shape
         shape = self.record["shape"]
         if pixels.shape != shape: raise BadInput(_two_sizes(self.first, shape, item, pixels.shape))
-        if (pixels == pixels[:, :1, :1]).all(): self.record["blank"].append(_say(item))
+        if (pixels == pixels[:, :1, :1]).all(): self.record["blank"].append(printable(item))
         return True
     def check(self):
         "Name all images that cannot be read, so that they can be replaced at once."
@@ -318,7 +313,7 @@ class _Writer:
     def write_class(self, name, items, decoded):
         rows = [(key, pixels) for item, key, pixels in decoded if self.accept(item, key, pixels)]
         if self.bad: return # there will be no bank: only the other ones are looked for
-        require(rows, f"class '{name}' has no image that can be read ({_say(items[0])} and {len(items) - 1} more)")
+        require(rows, f"class '{name}' has no image that can be read ({printable(items[0])} and {len(items) - 1} more)")
         rows.sort(key=lambda row: row[0])
         block = np.ascontiguousarray(np.stack([pixels for _, pixels in rows]))
         self.f.write(block)
@@ -348,7 +343,7 @@ def _write(f, classes, read, size, skip_bad, title):
 def _two_sizes(a, shape, b, other):
     "The message when images `a` and `b` of shapes [3,H,W] differ in size."
     smallest = min(*shape[1:], *other[1:])
-    return (f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; "
+    return (f"images differ in size: {printable(a)} is {shape[2]} x {shape[1]}, {printable(b)} is {other[2]} x {other[1]}; "
             f"give the size to bring them to, such as --size {smallest}")
 
 _MOST_NAMED = 20 # images that cannot be read
@@ -358,7 +353,7 @@ def _reason(item, error):
     why = "no permission" if isinstance(error, PermissionError) else str(error)
     if isinstance(error, UnidentifiedImageError):
         why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
-    return f"{_say(item)} ({_say(why or type(error).__name__)})"
+    return f"{printable(item)} ({printable(why or type(error).__name__)})"
 
 def unreadable(
     item, # the path of an image, or a name for it
@@ -405,7 +400,7 @@ def _place(path):
         tempfile.TemporaryFile(dir=path.parent).close()
         return path
     except OSError as e:
-        print(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again "
+        say(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again "
               "next time; MTL_NB_CACHE names another folder")
         _temporary_folders.append(tempfile.TemporaryDirectory(prefix="mtl_nb-", ignore_cleanup_errors=True))
         return Path(_temporary_folders[-1].name)/path.name
@@ -465,7 +460,7 @@ def build_bank(
     stem = f"{name}-{side or 'native'}-{_short(f'{where} {prepared} 1')}"
     path = cache_folder()/f"{stem}-{_short(f'{stamp or _stamp(classes)} {_DECODED}')}.bank"
     bank = _open(path)
-    if bank is None and path.exists(): print(f"the cache file {path} is damaged and is made anew")
+    if bank is None and path.exists(): say(f"the cache file {path} is damaged and is made anew")
     if bank is None or _readable_now(bank.skipped, read, skip_bad):
         bank = _make(path, stem, classes, read, size, skip_bad, title)
     return bank
@@ -495,7 +490,7 @@ def say_doubts(
     if blank: lines.append(f"pictures of one colour only: {len(blank):,} ({_some(blank, 2)})")
     for line in filter(None, lines):
         require(not strict, f"{line}: --strict refuses them")
-        print(f"warning: {line}")
+        say(f"warning: {line}")
 
 # %% ../../nbs/21_data.folders.ipynb #974de1d1
 def split_files(
@@ -520,13 +515,13 @@ def _meaning(folder): return _OTHER_NAMES.get(folder.lower(), folder.lower())
 
 def _no_split(root, missing, folders, files):
     "The message when a folder lacks a split."
-    where, split = _say(root), missing[0]
+    where, split = printable(root), missing[0]
     if root.name in _SPLITS and (root.parent/split).is_dir():
-        return f"{where} is one split: give the folder above it, {_say(root.parent)}"
+        return f"{where} is one split: give the folder above it, {printable(root.parent)}"
     for o in folders:
-        if split == _meaning(o): return f"no folder '{split}' in {where}: rename '{_say(o)}' to '{split}'"
+        if split == _meaning(o): return f"no folder '{split}' in {where}: rename '{printable(o)}' to '{split}'"
         if all((root/o/s).is_dir() for s in missing):
-            return f"no folder '{split}' in {where}, but in {_say(root/o)}: give that"
+            return f"no folder '{split}' in {where}, but in {printable(root/o)}: give that"
     holds = "it is empty"
     if files: holds = f"it holds {len(files)} files and no folder"
     if folders: holds = f"it holds {_some(folders)}"
@@ -542,7 +537,7 @@ def build_splits(
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Banks of several splits: no class in two of them, all images of one size."
     try: check_disjoint({s: list(classes) for s, classes in listed.items()})
-    except BadInput as e: raise BadInput(f"{_say(where)}: {e}") from None
+    except BadInput as e: raise BadInput(f"{printable(where)}: {e}") from None
     banks = {s: build_bank(classes, Path(where)/s, size, skip_bad, **kwargs) for s, classes in listed.items()}
     (s, a), *others = banks.items()
     for t, b in others:
@@ -625,7 +620,7 @@ def bank_from_dataset(
             labels.append(_class_name(its_label, names))
         except Exception as e:
             reason = f"{e}" if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
-            raise BadInput(f"picture {len(pixels)} of the data set cannot be used: {_say(reason)}") from e
+            raise BadInput(f"picture {len(pixels)} of the data set cannot be used: {printable(reason)}") from e
         hashes.append(pixel_hash(picture))
         pixels.append(fit(picture, *_geometry(size)).transpose(2, 0, 1))
         require(pixels[0].shape == pixels[-1].shape,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import atomic_write, read_json, require, sha256
+from ..core import atomic_write, read_json, require, say, sha256
 from ..data.bank import ImageBank, find_duplicates
 from ..data.episodes import TaskShape
 from ..evaluation.exam import evaluate as evaluate_features
@@ -52,7 +52,7 @@ LOG = logging.getLogger("mtl_nb")
 
 class _Printer(logging.Handler):
     "Prints messages: to wherever the standard output goes at that moment, such as the running cell of a notebook."
-    def emit(self, record): print(self.format(record), flush=True)
+    def emit(self, record): say(self.format(record))
 
 def _show_messages():
     "Unless the program has set up logging, messages are printed, so that progress is seen."
