@@ -638,9 +638,7 @@ def _picture_size(options, config, record, models):
     from mtl_nb.train.checkpoints import trained_size
     if options.size or config and config.size: return options.size or config.size
     known = [trained_size(o) for o in (record, *(m.record for m in models))]
-    if config:
-        entry = get_dataset(config.data)
-        known.append(entry.size or entry.native)
+    if config: known.append(get_dataset(config.data).side)
     size = next((o for o in known if o is not None), None)
     require(size is not None, f"{options.weights} does not say for which pictures it was trained: give their size, "
             "--size PIXELS")

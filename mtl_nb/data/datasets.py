@@ -131,6 +131,10 @@ class Dataset:
     download:bool=False # can it be downloaded?
     on_disk:bool=False # is it read from a folder, `root`?
     duplicates:int=0 # pictures of the full set that are in two splits, as published
+    @property
+    def side(self) -> int|None: # None for a folder of your own
+        "Pixels a side of its images when no size is given."
+        return self.size or self.native
 
 DATASETS:dict[str,Dataset] = {} # every registered set by its name
 

@@ -1,6 +1,10 @@
 "What is not said did not happen: options are obeyed or refused, nothing is skipped, leaked or blank without a word."
 import json
+import os
 import shutil
+import subprocess
+import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -450,3 +454,69 @@ def test_a_class_of_bad_pictures_is_named_too():
 def test_too_many_pixels_in_our_words(side):
     Image.new("1", (side, side)).save("x.png")
     with pytest.raises(ValueError, match="more than 89 million( pixels)?: shrink it"): read_image("x.png")
+
+
+# --- terminals and locales -----------------------------------------------------------------------------------------
+ASCII = dict(PYTHONUTF8="0", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+PLAIN_C = dict(PYTHONUTF8="0", LC_ALL="C", PYTHONCOERCECLOCALE="0")
+CP1252 = dict(PYTHONUTF8="0", PYTHONIOENCODING="cp1252")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names are bytes on Linux only")
+
+
+def shell(how, *words, code=0):
+    env = dict(os.environ, PYTHONPATH=str(root), TQDM_DISABLE="1", OMP_NUM_THREADS="1", MPLBACKEND="Agg") | how
+    r = subprocess.run([sys.executable, "-m", "mtl_nb", *map(str, words)], env=env, capture_output=True)
+    assert r.returncode == code and b"Traceback" not in r.stderr and b"Error" not in r.stderr, r.stderr.decode("utf-8", "replace")
+    return r.stdout
+
+
+@linux
+def test_a_run_in_an_ascii_terminal_is_the_run_in_utf8():
+    "Class folders, files and the set itself have names beyond ASCII; the table has ±, the answers have Θ."
+    for s, split in enumerate(("train", "val", "test")):
+        classes(Path("mots–猫")/split, 10*s, [f"{split}猫", f"{split}é", f"{split}Θ"])
+    run = "run", "--data", "mots–猫", "--shots", 1, "--size", "none", *PHASE1, *TINY
+    for name, how in dict(ascii=ASCII, utf8=dict(PYTHONUTF8="1")).items(): out = shell(how, *run, "--out", name)
+    assert "±" in out.decode("utf-8")
+    records = [json.loads(Path(o, "results.json").read_text(encoding="utf-8")) for o in ("ascii", "utf8")]
+    assert [r["correct"] for r in records[0]["rows"]] == [r["correct"] for r in records[1]["rows"]]
+    assert records[0]["data"] == records[1]["data"] and records[0]["data"]["name"] == "mots–猫"
+    names = [load(Path(o, "pretrain.safetensors"))[1]["classes"] for o in ("ascii", "utf8")]
+    assert names[0] == names[1] == sorted(["train猫", "trainé", "trainΘ"])
+
+
+@linux
+@pytest.mark.parametrize("how", [ASCII, PLAIN_C, CP1252])
+def test_commands_in_other_terminals(how, finished):
+    classes(Path("mots"), 0, ["猫", "é", "Θ"])
+    shell(how, "learn", "mots", "-o", "x.safetensors")
+    found = json.loads(shell(how, "recognize", "x.safetensors", "mots", "--json").decode("ascii"))
+    assert {o["picture"] for o in found["answers"]} == {f"mots/{c}/{i:02}.png" for c in ("猫", "é", "Θ") for i in range(12)}
+    assert {k for o in found["answers"] for k in o["probabilities"]} <= {"猫", "é", "Θ"}
+    shell(how, "recognize", "x.safetensors", "mots", "--csv", "x.csv", "--sort", "sorted", "--top", 3)
+    assert "mots/猫/00.png" in Path("x.csv").read_text(encoding="utf-8")
+    assert {o.name for o in Path("sorted").iterdir()} <= {"猫", "é", "Θ"}
+    assert b"Results of" in shell(how, "results", "--records", root/"data/results")
+    json.loads(shell(how, "test", "--weights", finished/"run", "--data", finished/"set", "--query", 5, "--tasks", 10, "--json").decode("ascii"))
+
+
+@linux
+def test_a_name_that_breaks_a_line_is_shown_escaped(capsys):
+    classes(Path("set"), 0, "ab")
+    Path("set/a/evil\nmtl: all is well\x1b[31m.png").write_bytes(b"no")
+    line = refused(capsys, r"set/a/evil\nmtl: all is well\x1b[31m.png", "learn", "set")
+    assert "\x1b" not in line
+    refused(capsys, r"no data set and no folder 'a\nb'", "run", "--data", "a\nb")
+
+
+def test_a_library_call_prints_on_an_ascii_stream(monkeypatch):
+    stream = TextIOWrapper(BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    classes(Path("mots"), 0, ["猫", "é"])
+    Path("mots/猫/notes–.txt").write_text("x")
+    folder_bank("mots")
+    assert stream.buffer.getvalue() == rb"mots: passed over 1 file without an image's suffix: \u732b/notes\u2013.txt" + os.linesep.encode()
+
+
+def test_the_size_of_a_set_is_that_of_its_images_as_they_come():
+    assert [DATASETS[o].side for o in ("fc100", "miniimagenet", "omniglot", "glyphs")] == [32, 84, 28, 32]
