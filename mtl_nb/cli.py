@@ -879,7 +879,9 @@ def _write_csv(answers, file):
     "A line a picture."
     ranks = range(1, 1 + len(answers[0].probabilities))
     heads = ["picture", "answer", *(o for i in ranks for o in (f"class {i}", f"probability {i}"))]
-    rows = [[as_utf8(str(o.picture)), o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))] for o in answers]
+    named = [as_utf8(str(o.picture)) for o in answers]
+    rows = [[picture, o.name, *(v for k, p in o.probabilities.items() for v in (k, round(p, 4)))]
+            for picture, o in zip(named, answers)]
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))

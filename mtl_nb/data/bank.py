@@ -146,9 +146,9 @@ def _examples(splits, most=2): # "train/ant = test/wasp", those in two splits fi
     places:dict[int,list] = {}
     for split, name, h in rows:
         if counts[h] > 1: places.setdefault(h, []).append((split, name))
-    def in_words(found): return " = ".join(f"{split}/{name}" for split, name in dict.fromkeys(found))
+    def named(found): return " = ".join(f"{split}/{name}" for split, name in dict.fromkeys(found))
     ordered = sorted(places.values(), key=lambda o: -len({split for split, _ in o}))
-    texts = [in_words(o) if len(set(o)) > 1 else f"{len(o)} times in {in_words(o)}" for o in ordered]
+    texts = [named(o) if len(set(o)) > 1 else f"{len(o)} times in {named(o)}" for o in ordered]
     return list(dict.fromkeys(texts))[:most]
 
 def find_duplicates(
@@ -166,7 +166,7 @@ def find_duplicates(
 def duplicates_line(
     found:dict, # from `find_duplicates`
 ) -> str: # one line; empty when there is nothing to say
-    "What was found, in words."
+    "What was found, as a sentence."
     counts = [f"{n:,} within {k}" for k, n in found.get("within", {}).items()]
     counts += [f"{n:,} in both {' and '.join(k.split(', '))}" for k, n in found.get("across", {}).items()]
     parts = [f"identical pictures: {', '.join(counts)} (such as {'; '.join(found['examples'])})"] if counts else []

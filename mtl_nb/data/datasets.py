@@ -174,8 +174,8 @@ def _say_left_out(place, title, files, incomplete, table):
         missing = [o for o in names if o not in files]
         if len(missing) < len(names):
             verb = "is" if len(missing) == 1 else "are"
-            say(f"{printable(place)}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} classes "
-                  f"{verb} missing, such as {missing[0]}")
+            say(f"{printable(place)}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} "
+                f"classes {verb} missing, such as {missing[0]}")
     known = {o for names in table.values() for o in names}
     strange = [o for o in files if o not in known]
     count = f"{len(strange)} folder{'s' if len(strange) > 1 else ''}"

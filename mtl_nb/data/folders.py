@@ -46,8 +46,8 @@ def _stated_white(im):
     return 0 if im.mode == "I" and im.format in ("TIFF", None) else 65535
 
 def _too_dark(highest):
-    return ValueError(f"it has 16 bits and no value above {highest:,} of 65,535, so it would be black: it may hold fewer "
-                      "bits; scale its values to 0..65535, or save it with 8 bits")
+    return ValueError(f"it has 16 bits and no value above {highest:,} of 65,535, so it would be black: it may hold "
+                      "fewer bits; scale its values to 0..65535, or save it with 8 bits")
 
 def _grey(im, white):
     "uint8 [H,W] of an image with more than 8 bits."
@@ -81,7 +81,7 @@ def _to_rgb(im, rotate=False):
 def to_rgb(
     im:Image.Image, # of any mode
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if it is no good image
-    "The pixels of a Pillow image: upright, with 8 bits, on white or, if it is bright, on black; the first of its frames."
+    "The pixels of a Pillow image, or of its first frame: upright, with 8 bits, on white or, if it is bright, on black."
     if im.width*im.height > MAX_PIXELS:
         raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_LIMIT}: shrink it")
     return _to_rgb(im, rotate=True)
@@ -164,7 +164,8 @@ def _children(folder):
     except NotADirectoryError:
         raise BadInput(f"{printable(folder)} is a file: give the folder that holds the class folders") from None
     except PermissionError: raise BadInput(f"no permission to read the folder {printable(folder)}") from None
-    except OSError as e: raise BadInput(f"cannot read the folder {printable(folder)}: {printable(e.strerror or e)}") from None
+    except OSError as e:
+        raise BadInput(f"cannot read the folder {printable(folder)}: {printable(e.strerror or e)}") from None
     return [n for n, is_dir in found if is_dir], [n for n, is_dir in found if not is_dir]
 
 # %% ../../nbs/21_data.folders.ipynb #3c1089ac
@@ -343,8 +344,8 @@ def _write(f, classes, read, size, skip_bad, title):
 def _two_sizes(a, shape, b, other):
     "The message when images `a` and `b` of shapes [3,H,W] differ in size."
     smallest = min(*shape[1:], *other[1:])
-    return (f"images differ in size: {printable(a)} is {shape[2]} x {shape[1]}, {printable(b)} is {other[2]} x {other[1]}; "
-            f"give the size to bring them to, such as --size {smallest}")
+    return (f"images differ in size: {printable(a)} is {shape[2]} x {shape[1]}, "
+            f"{printable(b)} is {other[2]} x {other[1]}; give the size to bring them to, such as --size {smallest}")
 
 _MOST_NAMED = 20 # images that cannot be read
 
