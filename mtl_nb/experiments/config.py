@@ -162,6 +162,16 @@ LEGACY = {"dropout": "drop", "eval_tasks": "tasks", "eval_split": "exam", "paper
     "tta.max_pool": "peaks", "tta.whitening": "whiten"}
 _CURRENT = {old: new for new, old in LEGACY.items()}
 
+# The fields of version 0.1: a digest always holds them, and a younger field only where it is not at its default.
+_FIRST = set("""
+    data preset size widths dropout way shots query eval_tasks eval_split paper_protocol seed centred methods backbone
+    phase1.epochs phase1.batch phase1.lr phase1.weight_decay phase1.smoothing phase1.warmup phase1.adam phase1.halve
+    phase1.augment phase1.augment.pad phase1.augment.flip phase1.augment.jitter phase1.seed phase1.bn_splits
+    objective.rotation objective.mixup objective.dropblock objective.cosine objective.rounds objective.distill
+    objective.temperature phase2.tasks phase2.batch phase2.lr phase2.head_lr phase2.halve phase2.floor phase2.seed
+    phase2.augment phase2.augment.pad phase2.augment.flip order inner hard.shot1 hard.shot5 hard.shot10 select_tasks
+    eval_every patience tta.support_copies head_label""".split())
+
 def _settings(text): # "a=1, b=[0.1, 2]" -> {"a": "1", "b": "[0.1, 2]"}
     parts = re.split(r"(?:^|, )([a-z_0-9.]+)=", text)[1:]
     return dict(zip(parts[::2], parts[1::2]))
@@ -171,16 +181,15 @@ def _renamed(preset, names): # the text of a preset and its overrides, under oth
     pairs = {names.get(k, k): v for k, v in _settings(overrides).items()}
     return base + semicolon + ", ".join(f"{k}={pairs[k]}" for k in sorted(pairs))
 
+def _defaults(): # of all fields, those of both augmentations included
+    augment = asdict(AugmentConfig())
+    return ExperimentConfig().fields | {f"{o}.augment.{k}": v for o in ("phase1", "phase2") for k, v in augment.items()}
+
 def _legacy(config):
     "The config's values under the names, and in the form, of old records; younger fields only where they are set."
-    flat, plain = config.fields, ExperimentConfig().fields
-    young = {k for k in plain if k in ("arch", "hard.random", "hard.other", "phase1.ema", "phase1.keep_best")} | {
-        "tta.views", "tta.rotations", "tta.max_pool", "tta.whitening"}
-    for part in ("phase1", "phase2"):
-        if flat.get(f"{part}.augment.zoom") == 1: del flat[f"{part}.augment.zoom"]
-    if not flat.get("phase2.augment.jitter"): flat.pop("phase2.augment.jitter", None)
+    flat, defaults = config.fields, _defaults()
     flat["preset"] = _renamed(config.preset, LEGACY)
-    out = nest({LEGACY.get(k, k): v for k, v in flat.items() if k not in young or v != plain[k]})
+    out = nest({LEGACY.get(k, k): v for k, v in flat.items() if k in _FIRST or v != defaults[k]})
     out["hard"] = {int(k) if k.isdigit() else k: v for k, v in out["hard"].items()} # as numbers they sort otherwise
     return out
 

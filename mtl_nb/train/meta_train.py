@@ -92,7 +92,8 @@ def meta_state(
     head = list(model.base.parameters())
     rest = [p for p in model.backbone.parameters() if p.requires_grad]
     groups = [dict(params=p, lr=lr, start=lr) for p, lr in ((rest, cfg.lr), (head, cfg.head_lr)) if p]
-    return TrainState(model, torch.optim.Adam(groups, fused=True if head and head[0].is_cuda else None), torch.Generator().manual_seed(cfg.seed))
+    fused = next(model.parameters()).device.type == "cuda" or None
+    return TrainState(model, torch.optim.Adam(groups, fused=fused), torch.Generator().manual_seed(cfg.seed))
 
 # %% ../../nbs/09_train.meta_train.ipynb #68c766e6
 def _augment(images, cfg, g, tasks, n_tasks):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mtl_nb.cli import DEADLINE, main
+from mtl_nb.cli import DEADLINE, main, read_run_options
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.experiments.config import config_from_record, differing_fields, preset, with_overrides
 
@@ -206,6 +206,11 @@ def test_every_option_reaches_the_config(finished):
     got = config_from_record(record["recipe"])
     assert not differing_fields(got, expected) or differing_fields(got, expected) == ["data"]
     assert (got.seed, got.phase2.seed, got.methods, got.shots) == (3, 3, ("MTL",), (1,))
+
+
+def test_no_methods_are_a_choice_too():
+    assert read_run_options(["--methods", "none"])[1].methods == ()
+    assert read_run_options([])[1].methods == ("MTL", "MTL + HT")
 
 
 def test_json_on_stdout_messages_on_stderr(finished, pictures, capsys):

@@ -34,7 +34,7 @@ def leave_record(folder, config):
 
 
 def test_all_plans_are_here():
-    assert [o.stem for o in PLANS] == ["fc100-paper", "fc100-strong", "miniimagenet-phase2", "toy"]
+    assert [o.stem for o in PLANS] == ["fc100-paper", "fc100-strong", "miniimagenet-strong", "toy"]
     assert not [*(root/"data/plans").glob("*.json")]
 
 

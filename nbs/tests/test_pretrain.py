@@ -10,7 +10,7 @@ from mtl_nb.data.bank import ImageBank
 from mtl_nb.models.heads import Classifier
 from mtl_nb.models.resnet12 import ResNet12
 from mtl_nb.train.checkpoints import load_state, save_state
-from mtl_nb.train.pretrain import PretrainConfig, learning_rate, pretrain, pretrain_state
+from mtl_nb.train.pretrain import PretrainConfig, kept_weights, learning_rate, pretrain, pretrain_state
 
 WIDTHS = (4, 4, 4, 8)
 
@@ -28,16 +28,37 @@ def same(a, b):
     return all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
 
 
-@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("adam, ema", [(False, 0.), (True, 0.), (False, .9)])
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_resumed_is_never_stopped(bank, tmp_path, adam, stop):
-    cfg = PretrainConfig(epochs=3, batch=16, lr=.01, adam=adam)
+def test_resumed_is_never_stopped(bank, tmp_path, adam, ema, stop):
+    cfg = PretrainConfig(epochs=3, batch=16, lr=.01, adam=adam, ema=ema)
     whole, part, rest = (start(cfg, .2) for _ in range(3))
     records = list(pretrain(whole, bank, cfg))
     first = list(islice(pretrain(part, bank, cfg), stop))
     save_state(tmp_path/"s", train=part)
     rest.load_state_dict(load_state(tmp_path/"s")["train"])
     assert first + list(pretrain(rest, bank, cfg)) == records and same(whole, rest)
+    a, b = (kept_weights(o).state_dict() for o in (whole, rest))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_the_running_mean(bank):
+    cfg = PretrainConfig(epochs=3, batch=48, lr=.1, ema=.75) # one step an epoch
+    state, weights = start(cfg), []
+    for _ in pretrain(state, bank, cfg): weights.append(state.model.net.blocks[0].conv1.weight.detach().clone())
+    mean = weights[0]
+    for w in weights[1:]: mean = .75*mean + .25*w
+    kept = kept_weights(state)
+    assert torch.allclose(kept.net.blocks[0].conv1.weight, mean, atol=1e-6) and not torch.equal(mean, weights[-1])
+    assert not kept.training and not any(p.requires_grad for p in kept.parameters())
+    with pytest.raises(BadInput, match="ema must be"): PretrainConfig(ema=1.)
+
+
+def test_the_running_mean_changes_nothing_in_training(bank):
+    cfg = PretrainConfig(epochs=2, batch=16, lr=.1)
+    plain, averaged = start(cfg), start(replace(cfg, ema=.9))
+    assert list(pretrain(plain, bank, cfg)) == list(pretrain(averaged, bank, replace(cfg, ema=.9)))
+    assert same(plain, averaged)
 
 
 def test_the_global_generator_plays_no_part(bank):

@@ -18,7 +18,7 @@ from mtl_nb.experiments.config import compute_matched, preset
 from mtl_nb.experiments.records import make_row, results_table
 from mtl_nb.experiments.run import EarlyStopping, plot_curves, run
 from mtl_nb.methods.base import load_model
-from mtl_nb.train.checkpoints import RunFolder, load, load_backbone, save
+from mtl_nb.train.checkpoints import RunFolder, load, load_backbone, load_state, save
 from mtl_nb.train.distributed import DeadlineReached, Runtime
 
 
@@ -75,6 +75,23 @@ def test_stopped_at_the_deadline_and_resumed(banks, config, whole, tmp_path):
     over = Runtime(deadline=0.)
     with pytest.raises(DeadlineReached): run(config, banks, tmp_path/"run", over)
     assert same(run(config, banks, tmp_path/"run", resume=True), whole[0])
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_the_best_weights_on_val_are_kept(banks, config, tmp_path, monkeypatch, after):
+    values = {1: .4, 2: .6, 3: .5}
+    def validate(job, net): return values[len([o for o in job.folder.log if o["phase"] == 1]) + 1]
+    monkeypatch.setattr(run_module, "_validate_backbone", validate)
+    phase1 = replace(config.phase1, epochs=3, ema=.5, keep_best=True)
+    kept, two = (replace(config, methods=(), phase1=c) for c in (phase1, replace(phase1, keep_best=False)))
+    run(kept, banks, tmp_path/"whole")
+    with killed_after(after, monkeypatch): run(kept, banks, tmp_path/"run")
+    run(kept, banks, tmp_path/"run", resume=True)
+    with killed_after(2, monkeypatch): run(two, banks, tmp_path/"two") # after two epochs: these weights are the best
+    best = load_state(tmp_path/"two"/".phase1.state")["train"]["average"]
+    a, b = (load(tmp_path/o/"pretrain.safetensors")[0] for o in ("whole", "run"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert all(torch.equal(v, best[f"module.net.{k}"]) for k, v in a.items() if k != "centre")
 
 
 def test_records_are_passed_on(whole):
