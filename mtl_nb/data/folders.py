@@ -476,7 +476,7 @@ def folder_bank(
 ) -> ImageBank: # uint8 [n,3,H,W], mapped from the cache; raises `BadInput`
     "The bank of a folder of class folders."
     bank = build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
-    say_doubts({Path(root).name: bank}, strict)
+    say_doubts({as_utf8(Path(os.path.expanduser(root)).resolve().name): bank}, strict)
     return bank
 
 def say_doubts(
