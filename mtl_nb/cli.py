@@ -34,7 +34,7 @@ from types import NoneType, SimpleNamespace
 from typing import Any, get_args, get_origin
 
 from . import __version__
-from .core import BadInput, atomic_write, did_you_mean, read_json, require
+from .core import BadInput, as_utf8, atomic_write, did_you_mean, file_name, printable, read_json, require, say
 
 LOG = logging.getLogger("mtl_nb")
 
@@ -51,11 +51,11 @@ def run_command(
     try:
         with ExitStack() as muted, _logging_restored():
             if not first:
-                nowhere = muted.enter_context(open(os.devnull, "w"))
+                nowhere = muted.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 for redirect in (redirect_stdout, redirect_stderr): muted.enter_context(redirect(nowhere))
             code = command() or 0
     except BadInput as e:
-        if first: print(f"{prog}: {e}", file=sys.stderr)
+        if first: say(f"{prog}: {printable(e)}", sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         if first: print(f"{prog}: stopped{hint}", file=sys.stderr)
@@ -66,7 +66,7 @@ def run_command(
     return code
 
 class _ToStderr(logging.Handler):
-    def emit(self, record): print(self.format(record), file=sys.stderr, flush=True)
+    def emit(self, record): say(printable(self.format(record)), sys.stderr)
 
 def show_messages(
     quiet:bool=False, # warnings only
@@ -92,6 +92,7 @@ class DataOptions:
     root:str|None=None # the folder where a data set lies, or is downloaded to
     download:bool=False # fetch the data set if it is not there ({downloads})
     skip_bad:bool=False # go on without images that cannot be read, and list them
+    strict:bool=False # refuse identical images, also of different splits, and images of one colour: else a warning
 
 @dataclass
 class ComputeOptions:
@@ -332,7 +333,7 @@ def _data_name(options, default):
     data = options.data or default
     entry = DATASETS.get(data.lower())
     if entry: name = data.lower()
-    else: name = Path(data).resolve().name
+    else: name = as_utf8(Path(data).resolve().name)
     on_disk = [k for k, o in DATASETS.items() if o.on_disk]
     require(not options.root or entry and entry.on_disk,
             f"--root is for {', '.join(on_disk)}; for a folder of your own use --data {options.root}")
@@ -355,6 +356,12 @@ def _read_config(options):
     _, name = _data_name(options, "glyphs")
     return preset(options.preset or "quick", name, seed=options.seed or 0), None
 
+def _check_backbone_file(path):
+    inside = path/"pretrain.safetensors"
+    require(not path.is_dir() or not inside.is_file(), f"--backbone: {path} is a folder: give the file in it, {inside}")
+    require(not path.is_dir(), f"--backbone: {path} is a folder, and there is no pretrain.safetensors in it")
+    require(path.is_file(), f"--backbone: no such file: {path}")
+
 def _final_config(options, config, changes):
     "The config with what the command line sets otherwise."
     from mtl_nb.experiments.config import PHASE1, with_overrides
@@ -364,7 +371,7 @@ def _final_config(options, config, changes):
             f"--compute-matched takes the whole config from the record: leave out {flags}")
     own = [_flag(o) for o in changes if o.split(".")[0] in PHASE1]
     require(not options.backbone or not own, f"--backbone brings its phase 1 with it: leave out {', '.join(own)}")
-    require(not options.backbone or Path(options.backbone).is_file(), f"--backbone: no such file: {options.backbone}")
+    if options.backbone: _check_backbone_file(Path(options.backbone))
     require(not config.backbone or options.backbone, f"the run of {options.config} took its backbone from another run: "
             "give that weights file with --backbone")
     if "methods" in options.given: config = replace(config, methods=parse_methods(options.texts["methods"]))
@@ -399,6 +406,20 @@ def _say_banks(banks, after=""):
         LOG.info(f"{split}: {len(bank):,} images of {len(bank.names)} classes{after}")
         for file in bank.skipped: LOG.warning(f"  left out: {file}")
 
+def _check_seen_pictures(backbone, banks, strict):
+    "Point out pictures that a backbone was trained on, under whatever name; returns their number for a record."
+    from mtl_nb.evaluation.meta_test import seen_pictures
+    from mtl_nb.train.checkpoints import load
+    record, across = load(backbone, "backbone")[1], {}
+    for split, bank in banks.items():
+        if not (found := seen_pictures(record, bank)): continue
+        count = across[f"backbone, {split}"] = sum(found.values())
+        line = (f"identical pictures: {count:,} of {split} are among those that the backbone was trained on (such as "
+                f"in {' and '.join(list(found)[:2])})")
+        require(not strict, f"{line}: --strict refuses them")
+        LOG.warning(f"warning: {line}")
+    return across
+
 def _batch_norm_splits(config, team, given):
     "With several processes, batch norm sees each process's part of a batch apart."
     splits = config.phase1.bn_splits if given else max(config.phase1.bn_splits, team.size)
@@ -415,16 +436,21 @@ def _eval_split(config, banks, asked):
 def _run_folder(options, config):
     label = re.sub("[^A-Za-z0-9.]+", "-", config.preset).strip("-")
     if options.compute_matched: label += "-equal"
-    return Path(options.out or f"data/runs/{config.data}-{label}-s{config.seed}")
+    return Path(options.out or file_name(f"data/runs/{config.data}-{label}-s{config.seed}"))
 
 def _without_answers(results): # the answers of each task stay in the file
     rows = [{k: v for k, v in row.items() if k != "correct"} for row in results["rows"]]
     return results | dict(rows=rows)
 
+def _say_json(found, **how):
+    "JSON in UTF-8; on a terminal of another encoding in ASCII, which every reader takes."
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    say(json.dumps(found, ensure_ascii=encoding != "utf8", **how))
+
 def _print_results(results, as_json):
     from mtl_nb.experiments.records import results_table
-    if as_json: print(json.dumps(_without_answers(results), indent=1, ensure_ascii=False), flush=True)
-    else: print(f"\n{results_table(results)}", flush=True)
+    if as_json: _say_json(_without_answers(results), indent=1)
+    else: say(f"\n{results_table(results)}")
 
 def _same_images(banks, record):
     digests = {k: bank.digest for k, bank in banks.items()}
@@ -500,6 +526,7 @@ def mtl_run(
     "The command `mtl run`."
     started = time.time()
     options, config, record = read_run_options(argv)
+    _check_messages(options)
     show_messages(options.quiet, options.verbose)
     from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.run import run
@@ -513,9 +540,13 @@ def mtl_run(
     runtime = _runtime(options, started)
     config = _batch_norm_splits(config, runtime.team, "config:phase1.bn_splits" in options.given)
     config, size = _prepared_size(options, config)
-    banks = runtime.team.in_turn(lambda: load_data(data, options.root, size, options.download, options.skip_bad))
+    with redirect_stdout(sys.stderr): # what is said of the folders
+        how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
+        banks = runtime.team.in_turn(lambda: load_data(data, strict=options.strict, **how))
     if options.compute_matched: _same_images(banks, record)
     _say_banks(banks)
+    if options.backbone:
+        _check_seen_pictures(Path(options.backbone), {k: v for k, v in banks.items() if k != "train"}, options.strict)
     config = _eval_split(config, banks, record or "config:eval_split" in options.given)
     folder, backbone = _run_folder(options, config), options.backbone and Path(options.backbone)
     try:
@@ -536,8 +567,9 @@ class TestOptions:
     split:str="test" # the split to evaluate on: train, val or test
     # for weights that whiten features: the data set or folder whose train split holds their base classes
     base:str|None=None
-    way:int|None=None # for a backbone alone: classes in a task; if not given: 5
-    shots:tuple[int,...]|None=None # for a backbone alone: support images a class; if not given: 1,5
+    way:int|None=None # classes in a task; if not given: as the weights were trained, 5 for a backbone alone
+    # support images a class; if not given: all that a run's weights were trained for, 1,5 for a backbone alone
+    shots:tuple[int,...]|None=None
     query:int=15 # query images a class
     tasks:int=10_000 # tasks to evaluate on
     size:int|None=None # pixels a side; if not given: as the weights were trained
@@ -545,32 +577,50 @@ class TestOptions:
 
 def load_models(
     path:Path, # a run folder, or one weights file
-    shots:tuple[int,...], # for a backbone alone
-    way:int, # for a backbone alone
+    shots:tuple[int,...]|None, # K; None: all that there are, 1 and 5 for a backbone alone
+    way:int|None, # N; None: as they were trained, 5 for a backbone alone
     device, # a `torch.device`
-) -> list: # `Weights` of each; raises `BadInput`
+) -> list: # `Weights` of each; raises `BadInput` when there are none for these tasks
     "The models of a run, with the inner rate and steps that were chosen on val; or the one in a weights file."
-    from mtl_nb.publish import load_weights, weights_in
+    from mtl_nb.publish import backbone_file, load_weights, weights_in
     from mtl_nb.train.checkpoints import load
+    if path.is_dir() and (offers := weights_in(path)): return _models_of_run(path, offers, shots, way, device)
     if path.is_dir():
-        require((path/"results.json").is_file(), f"{path} holds no finished run: it has no results.json")
-        return [load_weights(path, label, k, device) for label, k in weights_in(path)]
+        require(backbone_file(path).is_file(), f"{path} holds no weights: give the folder of a run, or a weights file")
+        LOG.warning(f"{path} has no results.json: its backbone is evaluated, with a linear head at a fixed rate")
+        path = backbone_file(path)
     is_backbone = load(path)[1].get("kind") == "backbone"
-    return [load_weights(path, None, k, device, way) for k in (shots if is_backbone else [None])]
+    if is_backbone: return [load_weights(path, None, k, device, way) for k in shots or (1, 5)]
+    require(shots is None or len(shots) == 1, f"--shots {_shown(shots)}: {path} is for one number of shots")
+    return [load_weights(path, None, shots[0] if shots else None, device, way)]
+
+def _models_of_run(path, offers, shots, way, device):
+    "The models of a run folder, or those for some numbers of shots."
+    from mtl_nb.publish import load_weights
+    there = sorted({k for _, k in offers})
+    lacks = sorted({*(shots or ())} - {*there})
+    require(not lacks, f"--shots {_shown(lacks)}: these weights are for {_shown(there)}-shot tasks")
+    return [load_weights(path, label, k, device, way) for label, k in offers if k in (shots or there)]
+
+def _theta(path):
+    "The file of the backbone, for a run folder or a weights file."
+    from mtl_nb.publish import backbone_file
+    from mtl_nb.train.checkpoints import backbone_path, load
+    if path.is_dir(): return backbone_file(path)
+    record = load(path)[1]
+    return path if record.get("kind") == "backbone" else backbone_path(path, record)
 
 def _backbone_record(path):
     "What the file of a backbone says of it, for a run folder or a weights file."
-    from mtl_nb.publish import backbone_file
-    from mtl_nb.train.checkpoints import backbone_path, load
-    if path.is_dir(): return load(backbone_file(path), "backbone")[1]
-    record = load(path)[1]
-    return record if record.get("kind") == "backbone" else load(backbone_path(path, record), "backbone")[1]
+    from mtl_nb.train.checkpoints import load
+    return load(_theta(path), "backbone")[1]
 
 def _trained_config(path):
     "The config of the run that weights belong to, and the digest of its base images; None where none is beside them."
     from mtl_nb.experiments.config import config_from_record
-    file = (path if path.is_dir() else path.parent)/"recipe.json"
-    if not file.is_file(): return None, ""
+    place = path if path.is_dir() else path.parent
+    file = next((place/o for o in ("recipe.json", "results.json") if (place/o).is_file()), None)
+    if file is None: return None, ""
     record = read_json(file)
     return config_from_record(record.get("recipe", {})), record.get("data", {}).get("digest", {}).get("train", "")
 
@@ -589,20 +639,25 @@ def _check_test(options):
     require(all(k >= 1 for k in shots), f"--shots must be at least 1, got {_shown(shots)}")
     require(len({*shots}) == len(shots), f"--shots must be different numbers, got {_shown(shots)}")
 
-def _only_for_backbones(options, models):
-    "Refuse --way and --shots for weights that have their own, if these are others."
-    ways, shots = {o.record["way"] for o in models}, {o.record["shot"] for o in models}
-    require(options.way is None or ways == {options.way},
-            f"--way {options.way}: these weights are for {_shown(sorted(ways))}-way tasks")
-    require(options.shots is None or shots == {*options.shots},
-            f"--shots {_shown(options.shots)}: these weights are for {_shown(sorted(shots))}-shot tasks")
+def _picture_size(options, config, record, models):
+    "Pixels a side: as asked for, else as the weights were trained; None: as the pictures come. Raises `BadInput`."
+    from mtl_nb.data.datasets import get_dataset
+    from mtl_nb.train.checkpoints import trained_size
+    if options.size or config and config.size: return options.size or config.size
+    known = [trained_size(o) for o in (record, *(m.record for m in models))]
+    if config: known.append(get_dataset(config.data).side)
+    size = next((o for o in known if o is not None), None)
+    require(size is not None, f"{options.weights} does not say for which pictures it was trained: give their size, "
+            "--size PIXELS")
+    return size or None
 
 def _with_base_images(tta, options, data, record, digest, how):
     "Test-time augmentation that knows the base images, if it whitens features."
     from mtl_nb.data.datasets import load_data
     if not tta.config.whitening: return tta
     data, what = options.base or data, "these weights whiten features, which needs the images of their base classes"
-    try: bank = load_data(data, need=("train",), **how)["train"]
+    try:
+        with redirect_stdout(sys.stderr): bank = load_data(data, need=("train",), **how)["train"]
     except BadInput as e: raise BadInput(f"{what} (--base says where they are): {e}") from None
     require(bank.names == record.get("classes"), f"{what}, and train of '{data}' holds others: give theirs with --base")
     _say_banks(dict(train=bank), ", for whitening" + ("" if bank.digest == digest else ", not those of the run"))
@@ -632,6 +687,7 @@ def mtl_test(
     classes = TestOptions, DataOptions, ComputeOptions, OutputOptions
     options = _parse_simple("test", "Evaluate saved weights on classes they have never seen.", classes, argv)
     _check_test(options)
+    from mtl_nb.data.bank import find_duplicates
     from mtl_nb.data.datasets import load_data
     from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
@@ -639,25 +695,28 @@ def mtl_test(
     from mtl_nb.train.checkpoints import recorded_preprocessing
     (data, name), device = _data_name(options, "glyphs"), find_device(options.device)
     path = find_weights(options.weights)
-    models = load_models(path, options.shots or (1, 5), options.way or 5, device)
-    _only_for_backbones(options, models)
+    models = load_models(path, options.shots, options.way, device)
     (config, digest), record = _trained_config(path), _backbone_record(path)
-    size = config.size if config and options.size is None else options.size
+    size = _picture_size(options, config, record, models)
     expects = recorded_preprocessing(record)
     if expects: size = expects.at(size)
     how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
     tta = config.augmentation() if config else TTA()
     require(not options.base or tta.config.whitening, "--base is for weights that whiten features, and these do not")
-    bank = load_data(data, need=(options.split,), **how)[options.split].to(device)
-    _say_banks({options.split: bank})
+    with redirect_stdout(sys.stderr): banks = load_data(data, need=(options.split,), strict=options.strict, **how)
+    _say_banks(banks)
+    bank = banks[options.split].to(device)
+    found = find_duplicates(banks)
     if options.split != "train":
         check_unseen(record, bank, options.split)
         if note := seen_elsewhere(record, name, options.split): LOG.warning(note)
+        found |= dict(across=_check_seen_pictures(_theta(path), banks, options.strict))
     tta = _with_base_images(tta, options, data, record, digest, how)
     side = min(bank.x.shape[2:])
     require(side >= 16, f"images of {side} pixels are too small: ResNet-12 needs 16; set --size")
     results = dict(rows=_evaluate_models(models, bank, options, tta), data=dict(name=name),
                    recipe=asdict(config) if config else {})
+    if any(found.values()): results["duplicates"] = {k: v for k, v in found.items() if v}
     _print_results(results, options.json)
 
 # %% ../nbs/22_cli.ipynb #c9869c33
@@ -667,8 +726,25 @@ def _parse_simple(command, about, classes, argv):
     parser, words = make_parser(command, about), registry_words()
     for cls in classes: add_options(parser, cls, words)
     options = parse(parser, argv, classes)
+    _check_messages(options)
     show_messages(options.quiet, options.verbose)
     return options
+
+def _check_messages(options):
+    require(not (options.quiet and options.verbose), "--quiet and --verbose exclude each other: give one")
+
+def _check_choice(weights, **choices):
+    "Refuse to choose among the weights of a network that comes alone."
+    given = [_flag(k) for k, v in choices.items() if v is not None]
+    if not given: return
+    from mtl_nb.hub import find_weights
+    from mtl_nb.models.backbones import FAMILIES
+    from mtl_nb.train.checkpoints import load
+    alone = weights.partition("/")[0] in FAMILIES
+    if not alone:
+        path = find_weights(weights)
+        alone = path.is_file() and load(path)[1].get("kind") == "backbone"
+    require(not alone, f"{' and '.join(given)}: {weights} is a network alone, with nothing to choose: leave it out")
 
 @dataclass
 class ResultsOptions:
@@ -687,12 +763,12 @@ def mtl_results(
     require(any(records.glob("*.json")), f"--records: there are no records in {records}: "
             "put the results.json of runs there, each under a name of its own")
     from mtl_nb.experiments.report import report
-    if options.out is None: return print(report(records))
+    if options.out is None: return say(report(records))
     folder = Path(options.out)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BadInput(f"--out: cannot write to {options.out}: {e.strerror}") from None
     atomic_write(folder/"results.md", report(records, folder).encode())
-    print(f"{folder/'results.md'} and {len(list(folder.glob('figure4-*.png')))} pictures of Figure 4")
+    say(f"{printable(folder/'results.md')} and {len(list(folder.glob('figure4-*.png')))} pictures of Figure 4")
 
 @dataclass
 class BenchOptions:
@@ -703,6 +779,14 @@ class BenchOptions:
     toy:bool=False # seconds in place of minutes, to see that it works; the numbers mean nothing
     out:str|None=None # the record; if not given: data/runs/speed-DEVICE.json
 
+def _check_bench(options, parts):
+    "Refuse options that would change nothing."
+    require(options.data or not options.root, "--root goes with --data; for the part start, give --start")
+    for name in ("size", "download", "skip_bad", "strict"):
+        require(options.data or name not in options.given, f"{_flag(name)} goes with --data: without it the images "
+                "are made up")
+    require(not options.start or "start" in parts, "--start is for the part start, which is not among --parts")
+
 def mtl_bench(
     argv:Sequence[str], # the options
 ) -> None:
@@ -712,19 +796,21 @@ def mtl_bench(
     from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.speed import bench
     device, toy = find_device(options.device), "-toy" if options.toy else ""
+    parts = tuple(o.strip() for o in options.parts.split(","))
     file = Path(options.out or f"data/runs/speed-{device.type}{toy}.json")
     require(not file.is_dir(), f"--out must name a file, {options.out} is a folder")
     require(options.size >= 16, f"--size must be at least 16 pixels, got {options.size}")
-    require(options.data or not options.root, "--root goes with --data; for the part start, give --start")
+    _check_bench(options, parts)
     banks = None
     if options.data:
         data, _ = _data_name(options, "glyphs")
-        banks = load_data(data, options.root, options.size, options.download, options.skip_bad)
+        with redirect_stdout(sys.stderr):
+            how = dict(root=options.root, size=options.size, download=options.download, skip_bad=options.skip_bad)
+            banks = load_data(data, strict=options.strict, **how)
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
-    parts = tuple(o.strip() for o in options.parts.split(","))
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))
-    if options.json: print(json.dumps(record, indent=1))
+    if options.json: _say_json(record, indent=1)
     LOG.info(f"The record is {file}")
 
 # %% ../nbs/22_cli.ipynb #c0de2201
@@ -771,6 +857,7 @@ def _start_learning(options):
     from mtl_nb.recognize import Recognizer
     device = find_device(options.device)
     if not options.add_to:
+        _check_choice(options.weights, shots=options.shots)
         preprocessing = Preprocessing(options.size) if options.size else None
         return Recognizer.from_pretrained(options.weights, preprocessing, options.shots, device)
     for name in ("shots", "size"):
@@ -781,8 +868,8 @@ def _start_learning(options):
 def _save_recognizer(recognizer, file, as_json):
     recognizer.save(file)
     estimate, counts = recognizer.estimate_, {k: len(v) for k, v in recognizer.support.items()}
-    if not as_json: return print(f"{file}: {recognizer.summary}")
-    print(json.dumps(dict(file=file, classes=counts, estimate=estimate and estimate._asdict()), ensure_ascii=False))
+    if not as_json: return say(f"{printable(file)}: {recognizer.summary}")
+    _say_json(dict(file=as_utf8(file), classes=counts, estimate=estimate and estimate._asdict()))
 
 def mtl_learn(
     argv:Sequence[str], # the options
@@ -850,7 +937,7 @@ class RecognizeOptions:
 def _answer_line(answer):
     "A picture, its class, and how probable each of the top classes is."
     ranked = ", ".join(f"{name} {100*p:.0f} %" for name, p in answer.probabilities.items())
-    return f"{answer.picture}: {answer.name} ({ranked})"
+    return f"{printable(answer.picture)}: {answer.name} ({ranked})"
 
 def _cell(text):
     "A name as a spreadsheet shows it: with a quotation mark before what it would compute as a formula."
@@ -863,7 +950,7 @@ def _write_csv(answers, file):
     rows = []
     for picture, name, probabilities in answers:
         ranked = (v for k, p in probabilities.items() for v in (_cell(k), round(p, 4)))
-        rows.append([_cell(picture), _cell(name), *ranked])
+        rows.append([_cell(as_utf8(str(picture))), _cell(name), *ranked])
     text = StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     atomic_write(Path(file), text.getvalue().encode(errors="surrogateescape"))
@@ -913,9 +1000,9 @@ def mtl_recognize(
     if options.sort: sort_pictures(answers, options.sort)
     if options.csv: _write_csv(answers, options.csv)
     if options.sheet: _write_sheet(answer_sheet(answers), options.sheet)
-    if not options.json: return print("\n".join(map(_answer_line, answers)))
-    found = [dict(picture=o.picture, answer=o.name, probabilities=o.probabilities) for o in answers]
-    print(json.dumps(dict(answers=found, left_out=list(skipped.values())), ensure_ascii=False))
+    if not options.json: return say("\n".join(map(_answer_line, answers)))
+    found = [dict(picture=as_utf8(str(o.picture)), answer=o.name, probabilities=o.probabilities) for o in answers]
+    _say_json(dict(answers=found, left_out=list(skipped.values())))
 
 # %% ../nbs/22_cli.ipynb #0e29a001
 @dataclass
@@ -942,9 +1029,10 @@ def mtl_export(
     from mtl_nb.onnx import export_onnx
     from mtl_nb.recognize import load_extractor
     preprocessing = Preprocessing(options.size) if options.size else None
+    _check_choice(options.weights, shot=options.shot, method=options.method)
     model, preprocessing, _ = load_extractor(options.weights, preprocessing, options.shot, options.method)
     about = export_onnx(model, Path(options.onnx), preprocessing)
-    if options.json: print(json.dumps(about, indent=1))
+    if options.json: _say_json(about, indent=1)
     LOG.info(f"The network is in {options.onnx}, and how to use it in {Path(options.onnx).with_suffix('.json')}")
 
 # %% ../nbs/22_cli.ipynb #e7d65e5d
@@ -971,14 +1059,14 @@ def main(
     argv:Sequence[str]|None=None, # what follows `mtl`; None: as this process was started
 ) -> int: # the exit code
     "The command `mtl`."
-    if argv is None: _say_every_sign()
+    if argv is None: _print_every_sign()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"): return print(OVERVIEW) or 0
     if argv[0] == "--version": return print(f"mtl_nb {__version__}") or 0
     hint = "; the same command with --resume goes on from here" if argv[0] == "run" else ""
     return run_command(lambda: _dispatch(*argv), hint=hint)
 
-def _say_every_sign():
+def _print_every_sign():
     "A sign that the terminal's encoding lacks is shown as an escape; it stops no command."
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper): stream.reconfigure(errors="backslashreplace")

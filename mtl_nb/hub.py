@@ -162,7 +162,7 @@ def _describe(out, config, headline):
         record, alone = load_weights(out, label, k).record, (label, k) != headline and get_method(label).meta
         file = f"model.{_stem(label, k)}.safetensors" if alone else "model.safetensors"
         variants.append(dict(method=label, k_shot=k, lr=record["lr"], steps=record["steps"], file=file))
-    size = config.size or get_dataset(config.data).native
+    size = config.size or get_dataset(config.data).side
     expects = getattr(backbone, "preprocessing", None) or (Preprocessing(size) if size else None)
     return dict(library_name="mtl_nb", library_version=__version__, arch=config.arch, widths=list(config.widths),
                 num_features=backbone.num_features, preprocessing=asdict(expects) if expects else None,

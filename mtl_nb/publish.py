@@ -220,23 +220,30 @@ def _untrained(path, label, row, device):
     settings = {k: row[k] for k in ("way", "shot", "lr", "steps")}
     return Weights(method, model.requires_grad_(False), record | dict(method=method.label, **settings))
 
+def _asked_for(weights, path, way, k_shot):
+    "The weights, if they are for the tasks that were asked for."
+    own = weights.record["way"], weights.record["shot"]
+    require(way in (None, own[0]), f"{path} is for {own[0]}-way tasks, not {way}-way")
+    require(k_shot in (None, own[1]), f"{path} is for {own[1]}-shot tasks, not {k_shot}-shot")
+    return weights
+
 def load_weights(
     path:Path, # a run folder, an exported or a published folder, or one weights file
     method:str|None=None, # its label, an alias or its slug; None: MTL if it is there
     k_shot:int|None=None, # K; None: if there is only one
     device:str|torch.device="cpu", # where the model is to be
-    way:int=5, # N, for a backbone alone
+    way:int|None=None, # N, for a backbone alone: 5 if it is not given
 ) -> Weights: # method, model and record; raises `BadInput`
     "A model from disk, ready to be evaluated."
     path, device = Path(path), pick_device(device)
     require(path.exists(), f"no such weights: {path}")
     if path.is_dir():
         label, k_shot, file = _choose(path, method, k_shot)
-        if get_method(label).meta: return Weights(*load_model(file, device))
+        if get_method(label).meta: return _asked_for(Weights(*load_model(file, device)), path, way, k_shot)
         rows = {r["method"]: r for r in _rows(path) if r["shot"] == k_shot}
         head = rows["head only"]
         row = rows[label] | dict(head_lr=head["lr"], head_steps=head["steps"])
-        return _untrained(file, label, row, device)
+        return _asked_for(_untrained(file, label, row, device), path, way, k_shot)
     record = load(path)[1]
     require(record.get("kind") != "recognizer", f"{path} is a saved recogniser. It holds classes and no weights: "
             f"those it was learned with are '{record.get('source')}'")
@@ -244,7 +251,7 @@ def load_weights(
         weights = Weights(*load_model(path, device))
         require(method is None or get_method(method) is weights.method,
                 f"{path} holds '{weights.method.label}', not '{method}'")
-        return weights
+        return _asked_for(weights, path, way, k_shot)
     label, inner = method or "head only", dict(lr=.01, steps=100, head_lr=.01, head_steps=100)
     require(not get_method(label).meta, f"{path} holds a backbone alone, not the weights of '{label}'")
-    return _untrained(path, label, dict(way=way, shot=k_shot or 1, **inner), device)
+    return _untrained(path, label, dict(way=way or 5, shot=k_shot or 1, **inner), device)

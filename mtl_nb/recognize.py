@@ -31,7 +31,7 @@ from msgspec import Meta
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .core import BadInput, did_you_mean, read_json, require
+from .core import BadInput, did_you_mean, file_name, read_json, require
 from .data.bank import ImageBank, normalise
 from .data.datasets import get_dataset
 from .data.episodes import TaskShape
@@ -170,7 +170,7 @@ def _recorded_preprocessing(path, record, net):
     config, size = (path if path.is_dir() else path.parent)/"recipe.json", record.size
     if not size and config.is_file():
         recipe = read_json(config).get("recipe", {})
-        size = recipe.get("size") or get_dataset(str(recipe.get("data"))).native
+        size = recipe.get("size") or get_dataset(str(recipe.get("data"))).side
     return Preprocessing(size) if size else None
 
 # %% ../nbs/20_recognize.ipynb #20c0de19
@@ -597,7 +597,7 @@ def sort_pictures(
         odd = name in ("", ".", "..") or any(o in name for o in "/\\\0")
         require(not odd, f"the class {name!r} cannot be the name of a folder")
     for answer in answers:
-        source, place, number = Path(str(answer.picture)), Path(folder)/answer.name, 1
+        source, place, number = Path(str(answer.picture)), Path(folder)/file_name(answer.name), 1
         copy = place/source.name
         try:
             place.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import BadInput, did_you_mean, require
+from ..core import BadInput, did_you_mean, printable, require, say
 from .bank import ImageBank
-from .folders import Preprocessing, build_splits, class_files, fit, folder_splits, split_files
+from .folders import Preprocessing, build_splits, class_files, fit, folder_splits, say_doubts, split_files
 from .glyphs import glyphs
 
 # %% ../../nbs/30_data.datasets.ipynb #dc5f9379
@@ -130,6 +130,11 @@ class Dataset:
     hard:tuple[int,int,int]=(10, 4, 4) # hard tasks in a cycle at 1, 5 and 10 shots
     download:bool=False # can it be downloaded?
     on_disk:bool=False # is it read from a folder, `root`?
+    duplicates:int=0 # pictures of the full set that are in two splits, as published
+    @property
+    def side(self) -> int|None: # None for a folder of your own
+        "Pixels a side of its images when no size is given."
+        return self.size or self.native
 
 DATASETS:dict[str,Dataset] = {} # every registered set by its name
 
@@ -163,6 +168,19 @@ def _near(): return glyphs(split="near")
 def _far(): return glyphs(split="far")
 
 # %% ../../nbs/30_data.datasets.ipynb #cb45dbb8
+def _say_left_out(place, title, files, incomplete, table):
+    "What of class folders that lie side by side is not read."
+    for split, names in incomplete.items():
+        missing = [o for o in names if o not in files]
+        if len(missing) < len(names):
+            verb = "is" if len(missing) == 1 else "are"
+            say(f"{printable(place)}: passed over the {split} split of {title}: {len(missing)} of its {len(names)} "
+                f"classes {verb} missing, such as {missing[0]}")
+    known = {o for names in table.values() for o in names}
+    strange = [o for o in files if o not in known]
+    count = f"{len(strange)} folder{'s' if len(strange) > 1 else ''}"
+    if strange: say(f"{printable(place)}: passed over {count} of no class of {title}, such as {strange[0]}")
+
 def _from_folders(root, title, table, need):
     "The files of class folders, which lie side by side or under train/, val/, test/ in root/title or root; else None."
     for place in (root/title, root):
@@ -170,6 +188,7 @@ def _from_folders(root, title, table, need):
         if all((place/name).is_dir() for name in wanted):
             files = class_files(place)
             complete = [s for s, names in table.items() if all(o in files for o in names)]
+            _say_left_out(place, title, files, {s: names for s, names in table.items() if s not in complete}, table)
             return place, {s: {o: files[o] for o in table[s]} for s in complete}
         if any((place/s).is_dir() for s in table): return place, split_files(place, need)
 
@@ -183,7 +202,7 @@ def _check_classes(listed, entry, where):
                            f"(such as '{known[0]}'): for a set of your own give its folder, --data {where}")
         count, full = sum(map(len, classes.values())), len(known)*entry.per_class
         if count != full:
-            print(f"{entry.title}, {split}: {count} images of {len(classes)} classes, "
+            say(f"{entry.title}, {split}: {count} images of {len(classes)} classes, "
                   f"the full set has {full} of {len(known)}: do not compare with published numbers")
 
 def _load(name, find, root, size, skip_bad, need):
@@ -226,7 +245,7 @@ def _cifar_archive(root, entry, download):
 
 # %% ../../nbs/30_data.datasets.ipynb #6243ddeb
 @register_dataset("fc100", "FC100", splits=split_table("FC100"),
-    per_class=600, native=32, hard=(20, 10, 4), download=True, on_disk=True)
+    per_class=600, native=32, hard=(20, 10, 4), download=True, on_disk=True, duplicates=3)
 def fc100(
     # folder with FC100/train/CLASS/*, train/CLASS/*, CLASS/*, or torchvision's cifar-100-python; None: data
     root=None,
@@ -239,7 +258,7 @@ def fc100(
     return _load("fc100", partial(_cifar_archive, download=download), root, size, skip_bad, need)
 
 @register_dataset("cifar-fs", "CIFAR-FS", splits=split_table("CIFAR-FS"),
-    per_class=600, native=32, download=True, on_disk=True)
+    per_class=600, native=32, download=True, on_disk=True, duplicates=15)
 def cifar_fs(
     # folder with CIFAR-FS/train/CLASS/*, train/CLASS/*, CLASS/*, or torchvision's cifar-100-python; None: data
     root=None,
@@ -275,7 +294,7 @@ def _csv_files(root, entry):
     return place, listed
 
 @register_dataset("miniimagenet", "miniImageNet", splits=split_table("miniImageNet"),
-    per_class=600, native=84, size=84, on_disk=True)
+    per_class=600, native=84, size=84, on_disk=True, duplicates=6)
 def mini_imagenet(
     # folder with miniImageNet/, train/CLASS/*, CLASS/*, or images/ beside train.csv, val.csv, test.csv; None: data
     root=None,
@@ -332,7 +351,8 @@ def _resize(bank, size):
     if side is None or bank.x.shape[2:] == (side, side): return bank
     bring = size if isinstance(size, Preprocessing) else partial(fit, size=size)
     x = np.stack([bring(o) for o in bank.x.permute(0, 2, 3, 1).numpy()])
-    return ImageBank(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), bank.y, bank.names, bank.hashes)
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    return ImageBank(x, bank.y, bank.names, bank.hashes, bank.skipped, bank.blank)
 
 def _takes(load):
     "Names of the options that a loading function takes; None: any."
@@ -346,10 +366,11 @@ def load_data(
     download:bool=False, # fetch it, where that is possible
     skip_bad:bool=False, # go on without images that cannot be read
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
+    strict:bool=False, # refuse identical pictures and blank ones, in place of a line
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Any set by its name, or a folder of your own."
     folder, key = os.path.expanduser(name), str(name).lower()
-    if name not in DATASETS and os.path.isdir(folder): return folder_splits(folder, size, skip_bad, need)
+    if name not in DATASETS and os.path.isdir(folder): return folder_splits(folder, size, skip_bad, need, strict)
     require(key in DATASETS, f"no data set and no folder '{name}'{did_you_mean(key, DATASETS, 1, .6)}: "
             f"choose one of {', '.join(DATASETS)}, or give a folder that holds train/ and val/")
     entry = DATASETS[key]
@@ -357,4 +378,6 @@ def load_data(
     takes = _takes(entry.load)
     banks = entry.load(**{k: v for k, v in how.items() if takes is None or k in takes})
     for split in need or (): require(split in banks, f"{entry.title} has no {split} split")
-    return {s: _resize(bank, size) for s, bank in banks.items() if s in (need or banks)}
+    banks = {s: _resize(bank, size) for s, bank in banks.items() if s in (need or banks)}
+    say_doubts(banks, strict, entry.duplicates)
+    return banks

@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/data.folders.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'to_rgb', 'read_image', 'fit', 'Preprocessing', 'class_files', 'picture_files', 'cache_folder',
-           'unreadable', 'build_bank', 'folder_bank', 'split_files', 'build_splits', 'folder_splits',
+           'unreadable', 'build_bank', 'folder_bank', 'say_doubts', 'split_files', 'build_splits', 'folder_splits',
            'bank_from_dataset']
 
 # %% ../../nbs/21_data.folders.ipynb #e9271f5d
@@ -17,6 +17,7 @@ import time
 import unicodedata
 import warnings
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,38 +30,70 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from ..core import BadInput, require
-from .bank import MEAN, STD, ImageBank, check_disjoint, pixel_hash
+from ..core import BadInput, as_utf8, printable, require, say
+from .bank import MEAN, STD, ImageBank, check_disjoint, duplicates_line, find_duplicates, pixel_hash
 
 # %% ../../nbs/21_data.folders.ipynb #563fcd3b
 MAX_PIXELS = 89_000_000
+_LIMIT = f"{MAX_PIXELS//10**6} million"
 
-def _to_rgb(im):
+def _stated_white(im):
+    "The grey value that is white, as a file of more than 8 bits says it; 0: it does not, and has 32 bits."
+    tags = getattr(im, "tag_v2", {})
+    highest, bits = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (281, 258)) # MaxSampleValue, BitsPerSample
+    if 0 < highest < 65535: return highest
+    if bits == 12: return 4095
+    return 0 if im.mode == "I" and im.format in ("TIFF", None) else 65535
+
+def _too_dark(highest):
+    return ValueError(f"it has 16 bits and no value above {highest:,} of 65,535, so it would be black: it may hold "
+                      "fewer bits; scale its values to 0..65535, or save it with 8 bits")
+
+def _grey(im, white):
+    "uint8 [H,W] of an image with more than 8 bits."
+    grey = np.asarray(im)
+    highest = int(grey.max())
+    if grey.min() < 0 or highest > 65535: raise ValueError("its grey values need more than 16 bits: save it with 8")
+    if not white: white = 255 if highest < 256 else 65535
+    if highest > white: white = 65535 # so what the file says cannot be
+    if white == 65535 and 0 < highest < 4096: raise _too_dark(highest)
+    return (grey >> 8 if white == 65535 else grey.astype(np.int64)*255//white).astype(np.uint8)
+
+def _on_ground(im):
+    "Transparent parts become white; black, if what is drawn would hardly be seen on white."
+    drawn = np.asarray(im := im.convert("RGBA")).astype(np.float32)
+    luminance, alpha = drawn[..., :3] @ np.float32([.299, .587, .114]), drawn[..., 3]
+    bright = (luminance*alpha).sum() > 0.75*255*alpha.sum()
+    ground = "black" if bright and alpha.min() < 255 else "white"
+    return Image.alpha_composite(Image.new("RGBA", im.size, ground), im)
+
+def _to_rgb(im, rotate=False):
+    "uint8 [H,W,3]; with `rotate` as the EXIF note says."
     if im.mode == "F": raise ValueError("its pixels are floating-point numbers: save it with 8 bits a channel")
-    if im.mode.startswith("I"):
-        grey = np.asarray(im)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("its grey values need more than 16 bits: save it with 8")
-        im = Image.fromarray((grey >> 8).astype(np.uint8))
-    if im.has_transparency_data:
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-    return np.array(im.convert("RGB"))
+    white, has_16_bits = _stated_white(im), im.mode == "RGB" and ";16" in str(getattr(im, "tile", ""))
+    if rotate: im = ImageOps.exif_transpose(im) # a copy, which no longer knows its file
+    if im.mode.startswith("I"): im = Image.fromarray(_grey(im, white))
+    if im.has_transparency_data: im = _on_ground(im)
+    pixels = np.array(im.convert("RGB"))
+    if has_16_bits and 0 < pixels.max() < 16: raise _too_dark(256*(int(pixels.max()) + 1) - 1)
+    return pixels
 
 def to_rgb(
     im:Image.Image, # of any mode
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if it is no good image
-    "The pixels of a Pillow image: upright, 16 bits cut to 8, transparent parts on white; of several frames, the first."
+    "The pixels of a Pillow image, or of its first frame: upright, with 8 bits, on white or, if it is bright, on black."
     if im.width*im.height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS//10**6} million"
-        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {limit}: shrink it")
-    return _to_rgb(ImageOps.exif_transpose(im))
+        raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_LIMIT}: shrink it")
+    return _to_rgb(im, rotate=True)
 
 def read_image(
     path, # an image file of any format that Pillow reads
 ) -> np.ndarray: # uint8 [H,W,3] upright RGB pixels; raises an exception, of any class, if the file is no good image
     "The pixels of one image file, as `to_rgb` gives them."
     if not os.path.isfile(path): raise OSError("it is not there, or no ordinary file")
-    with Image.open(path) as im: return to_rgb(im)
+    try:
+        with Image.open(path) as im: return to_rgb(im)
+    except Image.DecompressionBombError: raise ValueError(f"it has more than {_LIMIT} pixels: shrink it") from None
 
 # %% ../../nbs/21_data.folders.ipynb #991009d4
 def fit(
@@ -114,14 +147,9 @@ def _geometry(size):
 # %% ../../nbs/21_data.folders.ipynb #0bc203ff
 _JUNK = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "icon\r"}
 
-def _say(text):
-    "A name for a message: control characters, line ends and broken bytes as escapes."
-    escaped = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in escaped else c for c in str(text))
-
 def _some(names, k=3):
     "The first names of a list, for a message."
-    return ", ".join(map(_say, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
+    return ", ".join(map(printable, names[:k])) + (f" and {len(names) - k} more" if len(names) > k else "")
 
 def _is_dir(entry):
     with suppress(OSError): return entry.is_dir() # a circular link raises
@@ -132,11 +160,12 @@ def _children(folder):
     "Names of the folders and of the files in `folder`, without hidden ones."
     try:
         with os.scandir(folder) as it: found = sorted((o.name, _is_dir(o)) for o in it if not _is_junk(o.name))
-    except FileNotFoundError: raise BadInput(f"no such folder: {_say(folder)}") from None
+    except FileNotFoundError: raise BadInput(f"no such folder: {printable(folder)}") from None
     except NotADirectoryError:
-        raise BadInput(f"{_say(folder)} is a file: give the folder that holds the class folders") from None
-    except PermissionError: raise BadInput(f"no permission to read the folder {_say(folder)}") from None
-    except OSError as e: raise BadInput(f"cannot read the folder {_say(folder)}: {_say(e.strerror or e)}") from None
+        raise BadInput(f"{printable(folder)} is a file: give the folder that holds the class folders") from None
+    except PermissionError: raise BadInput(f"no permission to read the folder {printable(folder)}") from None
+    except OSError as e:
+        raise BadInput(f"cannot read the folder {printable(folder)}: {printable(e.strerror or e)}") from None
     return [n for n, is_dir in found if is_dir], [n for n, is_dir in found if not is_dir]
 
 # %% ../../nbs/21_data.folders.ipynb #3c1089ac
@@ -147,51 +176,57 @@ _SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in I
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in _SUFFIXES
 
+def _say_passed_over(root, **names):
+    "One line for what lies in a folder and is not read: lists of names, by what they are."
+    kinds = dict(other="file{} without an image's suffix", outside="image{} outside the class folders",
+                 deep="folder{} inside a folder of images", no_split="folder{} that stand{} for no split")
+    def counted(kind, found):
+        one = len(found) == 1
+        return f"{len(found)} {kinds[kind].format('' if one else 's', 's' if one else '')}: {_some(found)}"
+    said = [counted(kind, found) for kind, found in names.items() if found]
+    if said: say(f"{printable(root)}: passed over {'; '.join(said)}")
+
 def _images_in(where, name):
-    "Paths of the images that lie directly in a class folder, and names of its other files."
+    "Paths of the images that lie directly in a class folder, and names of its other files and of its folders."
     folders, files = _children(where)
     images, other = [n for n in files if _is_image(n)], [f"{name}/{n}" for n in files if not _is_image(n)]
     if not images:
         hint = ": add some, or delete the folder"
         if other: hint = f", only other files ({_some(other)})"
         if folders: hint = f", only folders ({_some(folders)}): images must lie directly in it"
-        raise BadInput(f"no images in the class folder {_say(where)}{hint}")
-    return [f"{where}{os.sep}{n}" for n in images], other
+        raise BadInput(f"no images in the class folder {printable(where)}{hint}")
+    return [f"{where}{os.sep}{n}" for n in images], other, [f"{name}/{n}" for n in folders]
 
 def class_files(
     root, # folder that holds one folder a class
     least:int=2, # classes
 ) -> dict[str,list[str]]: # image paths by class name, both in order of name; raises `BadInput`
-    "List the images that lie directly in each class folder."
-    root, out, other = Path(os.path.expanduser(root)), {}, []
+    "List the images that lie directly in each class folder. What is passed over is said in one line."
+    root, out, other, deep = Path(os.path.expanduser(root)), {}, [], []
     folders, files = _children(root)
     if len(folders) < least or set(folders) <= set(_SPLITS): raise BadInput(_wrong_level(root, folders, files))
     for folder in folders:
-        name, where = unicodedata.normalize("NFC", folder), os.path.join(root, folder)
-        require(_say(name) == name,
-                f"the name of the class folder {_say(where)} holds characters that cannot be printed: rename it")
-        require(name not in out, f"two class folders in {_say(root)} are both called '{name}': rename one")
-        out[name], left = _images_in(where, name)
-        other += left
-    _say_passed_over(root, other)
+        name, where = unicodedata.normalize("NFC", as_utf8(folder)), os.path.join(root, folder)
+        require(printable(name) == name,
+                f"the name of the class folder {printable(where)} holds characters that cannot be printed: rename it")
+        require(name not in out, f"two class folders in {printable(root)} are both called '{name}': rename one")
+        out[name], files_left, folders_left = _images_in(where, name)
+        other += files_left
+        deep += folders_left
+    _say_passed_over(root, other=other, deep=deep, outside=[n for n in files if _is_image(n)])
     return out
-
-def _say_passed_over(root, other):
-    if not other: return
-    count = f"{len(other)} file{'s' if len(other) > 1 else ''}"
-    print(f"{_say(root)}: passed over {count} without an image's suffix: {_some(other)}")
 
 # %% ../../nbs/21_data.folders.ipynb #33d649a7
 def _wrong_level(root, folders, files):
     "The message when a folder does not hold classes."
-    where, images = _say(root), [n for n in files if _is_image(n)]
+    where, images = printable(root), [n for n in files if _is_image(n)]
     if folders and set(folders) <= set(_SPLITS):
         one = f"{where}{os.sep}{folders[0]}"
         return f"{where} holds splits ({_some(folders)}), not classes: give one of them, such as {one}"
     if images:
         return (f"images lie directly in {where} ({_some(images, 1)}): "
                 f"put those of each class into a folder of its own, {where}/CLASS/*")
-    if folders: return f"only one class in {where} ({_say(folders[0])}): at least two are needed"
+    if folders: return f"only one class in {where} ({printable(folders[0])}): at least two are needed"
     return f"no class folders in {where}: it must hold a folder of images for each class, {where}/CLASS/*"
 
 # %% ../../nbs/21_data.folders.ipynb #d3a71c02
@@ -201,12 +236,16 @@ def picture_files(
     "List images, whether or not they are sorted into class folders."
     where = os.path.expanduser(where)
     if os.path.isfile(where): return [os.fspath(where)]
-    require(os.path.exists(where), f"no such file or folder: {_say(where)}")
+    require(os.path.exists(where), f"no such file or folder: {printable(where)}")
     folders, names = _children(where)
-    for folder in folders: names += [os.path.join(folder, o) for o in _children(os.path.join(where, folder))[1]]
-    _say_passed_over(where, [o for o in names if not _is_image(o)])
+    deep:list[str] = []
+    for folder in folders:
+        inner, files = _children(os.path.join(where, folder))
+        deep += [os.path.join(folder, o) for o in inner]
+        names += [os.path.join(folder, o) for o in files]
+    _say_passed_over(where, other=[o for o in names if not _is_image(o)], deep=deep)
     found = [os.path.join(where, o) for o in names if _is_image(o)]
-    require(found, f"no images in {_say(where)}: it must hold some, or folders that hold some")
+    require(found, f"no images in {printable(where)}: it must hold some, or folders that hold some")
     return found
 
 # %% ../../nbs/21_data.folders.ipynb #0cc18b94
@@ -219,6 +258,8 @@ def cache_folder() -> Path: # `$MTL_NB_CACHE`, else `mtl_nb` in the user's cache
     return Path(base or (mac if mac.is_dir() else Path.home()/".cache"))/"mtl_nb"
 
 # %% ../../nbs/21_data.folders.ipynb #4ad78b20
+_DECODED = 2 # raised when decoding changes, so that older caches are made anew
+
 def _short(text): return blake2b(str(text).encode(errors="surrogateescape"), digest_size=8).hexdigest()
 
 def _stamp(classes):
@@ -254,20 +295,27 @@ class _Writer:
     "Writes a cache file: the pixels of one class after another, then the record."
     def __init__(self, f, names, skip_bad):
         self.f, self.skip_bad, self.first = f, skip_bad, None
-        self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[])
+        self.bad:list[tuple] = [] # images that cannot be read, each with its error
+        self.record = dict(names=names, counts=[], shape=None, hashes=[], checks=[], skipped=[], blank=[])
     def accept(self, item, key, pixels):
         "Whether an image goes into the bank; `key` is its hash, or the error when there are no pixels."
         if pixels is None:
-            if not self.skip_bad: raise BadInput(unreadable(item, key))
-            self.record["skipped"].append(_say(item))
+            if self.skip_bad: self.record["skipped"].append(printable(item))
+            else: self.bad.append((item, key))
+            if len(self.bad) == _MOST_NAMED: self.check()
             return False
         if self.first is None: self.first, self.record["shape"] = item, pixels.shape
         shape = self.record["shape"]
         if pixels.shape != shape: raise BadInput(_two_sizes(self.first, shape, item, pixels.shape))
+        if (pixels == pixels[:, :1, :1]).all(): self.record["blank"].append(printable(item))
         return True
+    def check(self):
+        "Name all images that cannot be read, so that they can be replaced at once."
+        if self.bad: raise BadInput(unreadable(*self.bad[0]) if len(self.bad) == 1 else _unreadable_ones(self.bad))
     def write_class(self, name, items, decoded):
         rows = [(key, pixels) for item, key, pixels in decoded if self.accept(item, key, pixels)]
-        require(rows, f"class '{name}' has no image that can be read ({_say(items[0])} and {len(items) - 1} more)")
+        if self.bad: return # there will be no bank: only the other ones are looked for
+        require(rows, f"class '{name}' has no image that can be read ({printable(items[0])} and {len(items) - 1} more)")
         rows.sort(key=lambda row: row[0])
         block = np.ascontiguousarray(np.stack([pixels for _, pixels in rows]))
         self.f.write(block)
@@ -275,6 +323,7 @@ class _Writer:
         self.record["checks"].append(zlib.crc32(block))
         self.record["hashes"] += [key for key, _ in rows]
     def finish(self):
+        self.check()
         record = json.dumps(self.record).encode()
         self.f.write(record + b"%012d%012d" % (len(record), zlib.crc32(record)))
 
@@ -296,19 +345,29 @@ def _write(f, classes, read, size, skip_bad, title):
 def _two_sizes(a, shape, b, other):
     "The message when images `a` and `b` of shapes [3,H,W] differ in size."
     smallest = min(*shape[1:], *other[1:])
-    return (f"images differ in size: {_say(a)} is {shape[2]} x {shape[1]}, {_say(b)} is {other[2]} x {other[1]}; "
-            f"give the size to bring them to, such as --size {smallest}")
+    return (f"images differ in size: {printable(a)} is {shape[2]} x {shape[1]}, "
+            f"{printable(b)} is {other[2]} x {other[1]}; give the size to bring them to, such as --size {smallest}")
+
+_MOST_NAMED = 20 # images that cannot be read
+
+def _reason(item, error):
+    "The name of an image that cannot be read, and why."
+    why = "no permission" if isinstance(error, PermissionError) else str(error)
+    if isinstance(error, UnidentifiedImageError):
+        why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
+    return f"{printable(item)} ({printable(why or type(error).__name__)})"
 
 def unreadable(
     item, # the path of an image, or a name for it
     error:Exception, # what reading it raised
 ) -> str: # one line
     "The message when an image cannot be read."
-    why = "no permission" if isinstance(error, PermissionError) else str(error)
-    if isinstance(error, UnidentifiedImageError):
-        why = "it is no image that Pillow knows" if os.path.getsize(item) else "the file is empty"
-    return (f"cannot read the image {_say(item)} ({_say(why or type(error).__name__)}): "
-            "replace or delete it, or go on without it: --skip-bad")
+    return f"cannot read the image {_reason(item, error)}: replace or delete it, or go on without it: --skip-bad"
+
+def _unreadable_ones(bad):
+    count = f"{len(bad)} images{' or more' if len(bad) == _MOST_NAMED else ''}"
+    named = "; ".join(_reason(*o) for o in bad)
+    return f"cannot read {count}: {named}: replace or delete them, or go on without them: --skip-bad"
 
 def _read_record(f):
     "The record at the end of an open cache file; None when it is damaged."
@@ -331,7 +390,7 @@ def _open(path):
     with ThreadPoolExecutor(_cores()) as pool:
         if list(pool.map(zlib.crc32, blocks)) != r["checks"]: return None
     y = torch.repeat_interleave(torch.arange(len(r["counts"])), torch.tensor(r["counts"]))
-    return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"])
+    return ImageBank(torch.from_numpy(x), y, r["names"], torch.tensor(r["hashes"]), r["skipped"], r.get("blank", ()))
 
 # %% ../../nbs/21_data.folders.ipynb #11048a83
 _temporary_folders:list[tempfile.TemporaryDirectory] = []
@@ -343,7 +402,7 @@ def _place(path):
         tempfile.TemporaryFile(dir=path.parent).close()
         return path
     except OSError as e:
-        print(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again "
+        say(f"cannot write to the cache folder {path.parent} ({e.strerror}): the images will be decoded again "
               "next time; MTL_NB_CACHE names another folder")
         _temporary_folders.append(tempfile.TemporaryDirectory(prefix="mtl_nb-", ignore_cleanup_errors=True))
         return Path(_temporary_folders[-1].name)/path.name
@@ -401,9 +460,9 @@ def build_bank(
     name = "".join(c if c.isalnum() else "_" for c in title)[-40:]
     prepared = f"{side}" if how == [1., "bicubic"] else f"{side} {how}"
     stem = f"{name}-{side or 'native'}-{_short(f'{where} {prepared} 1')}"
-    path = cache_folder()/f"{stem}-{_short(stamp or _stamp(classes))}.bank"
+    path = cache_folder()/f"{stem}-{_short(f'{stamp or _stamp(classes)} {_DECODED}')}.bank"
     bank = _open(path)
-    if bank is None and path.exists(): print(f"the cache file {path} is damaged and is made anew")
+    if bank is None and path.exists(): say(f"the cache file {path} is damaged and is made anew")
     if bank is None or _readable_now(bank.skipped, read, skip_bad):
         bank = _make(path, stem, classes, read, size, skip_bad, title)
     return bank
@@ -414,9 +473,26 @@ def folder_bank(
     # pixels a side: short side brought to it, centre cut out; or what a network expects; None: as they are
     size:int|Preprocessing|None=None,
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
+    strict:bool=False, # refuse identical pictures and blank ones, in place of a line
 ) -> ImageBank: # uint8 [n,3,H,W], mapped from the cache; raises `BadInput`
     "The bank of a folder of class folders."
-    return build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
+    bank = build_bank(class_files(root), Path(os.path.expanduser(root)), size, skip_bad)
+    say_doubts({as_utf8(Path(os.path.expanduser(root)).resolve().name): bank}, strict)
+    return bank
+
+def say_doubts(
+    banks:Mapping[str,ImageBank], # by split name
+    strict:bool=False, # refuse, in place of a line
+    known:int=0, # pictures of a benchmark that are known to be in two splits: as many are not mentioned
+) -> None: # raises `BadInput` if `strict`
+    "Say what is legible and probably a mistake: identical pictures, pictures of one colour. A line each."
+    found = find_duplicates(banks)
+    if sum(found.get("across", {}).values()) <= known and known: found = {}
+    lines, blank = [duplicates_line(found)], [o for bank in banks.values() for o in bank.blank]
+    if blank: lines.append(f"pictures of one colour only: {len(blank):,} ({_some(blank, 2)})")
+    for line in filter(None, lines):
+        require(not strict, f"{line}: --strict refuses them")
+        say(f"warning: {line}")
 
 # %% ../../nbs/21_data.folders.ipynb #974de1d1
 def split_files(
@@ -428,20 +504,26 @@ def split_files(
     folders, files = _children(root)
     missing = [s for s in need or ("train", "val") if s not in folders]
     if missing: raise BadInput(_no_split(root, missing, folders, files))
+    others = [o for o in folders if o not in _SPLITS]
+    meant = [o for o in others if _meaning(o) in _SPLITS and _meaning(o) not in folders]
+    if meant and not need: raise BadInput(_no_split(root, [_meaning(meant[0])], folders, files))
+    _say_passed_over(root, no_split=others, outside=[n for n in files if _is_image(n)])
     return {s: class_files(root/s) for s in need or _SPLITS if s in folders}
 
-_OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "testing": "test"}
+_OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "training": "train", "base": "train",
+                "testing": "test", "tests": "test", "novel": "test"}
+
+def _meaning(folder): return _OTHER_NAMES.get(folder.lower(), folder.lower())
 
 def _no_split(root, missing, folders, files):
     "The message when a folder lacks a split."
-    where, split = _say(root), missing[0]
+    where, split = printable(root), missing[0]
     if root.name in _SPLITS and (root.parent/split).is_dir():
-        return f"{where} is one split: give the folder above it, {_say(root.parent)}"
+        return f"{where} is one split: give the folder above it, {printable(root.parent)}"
     for o in folders:
-        means = _OTHER_NAMES.get(o.lower(), o.lower())
-        if split == means: return f"no folder '{split}' in {where}: rename '{_say(o)}' to '{split}'"
+        if split == _meaning(o): return f"no folder '{split}' in {where}: rename '{printable(o)}' to '{split}'"
         if all((root/o/s).is_dir() for s in missing):
-            return f"no folder '{split}' in {where}, but in {_say(root/o)}: give that"
+            return f"no folder '{split}' in {where}, but in {printable(root/o)}: give that"
     holds = "it is empty"
     if files: holds = f"it holds {len(files)} files and no folder"
     if folders: holds = f"it holds {_some(folders)}"
@@ -457,7 +539,7 @@ def build_splits(
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "Banks of several splits: no class in two of them, all images of one size."
     try: check_disjoint({s: list(classes) for s, classes in listed.items()})
-    except BadInput as e: raise BadInput(f"{_say(where)}: {e}") from None
+    except BadInput as e: raise BadInput(f"{printable(where)}: {e}") from None
     banks = {s: build_bank(classes, Path(where)/s, size, skip_bad, **kwargs) for s, classes in listed.items()}
     (s, a), *others = banks.items()
     for t, b in others:
@@ -469,9 +551,12 @@ def folder_splits(
     size:int|Preprocessing|None=None, # pixels a side or what a network expects, as in `folder_bank`
     skip_bad:bool=False, # go on without images that cannot be read; they are listed in `.skipped`
     need:tuple[str,...]|None=None, # splits to read, each must be there; None: train and val, and test where it is
+    strict:bool=False, # refuse identical pictures and blank ones, in place of a line
 ) -> dict[str,ImageBank]: # a bank for each split; raises `BadInput`
     "The banks of ROOT/{train,val,test}/CLASS/*."
-    return build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)
+    banks = build_splits(split_files(root, need), Path(os.path.expanduser(root)), size, skip_bad)
+    say_doubts(banks, strict)
+    return banks
 
 # %% ../../nbs/21_data.folders.ipynb #12f45188
 def _as_pixels(image):
@@ -537,7 +622,7 @@ def bank_from_dataset(
             labels.append(_class_name(its_label, names))
         except Exception as e:
             reason = f"{e}" if isinstance(e, BadInput) else f"{type(e).__name__}: {e}"
-            raise BadInput(f"picture {len(pixels)} of the data set cannot be used: {_say(reason)}") from e
+            raise BadInput(f"picture {len(pixels)} of the data set cannot be used: {printable(reason)}") from e
         hashes.append(pixel_hash(picture))
         pixels.append(fit(picture, *_geometry(size)).transpose(2, 0, 1))
         require(pixels[0].shape == pixels[-1].shape,
@@ -545,4 +630,6 @@ def bank_from_dataset(
     require(pixels, "the data set has no pictures")
     known = sorted(set(labels))
     y = torch.tensor([known.index(o) for o in labels])
-    return ImageBank(torch.from_numpy(np.stack(pixels)), y, known, torch.tensor(hashes))
+    bank = ImageBank(torch.from_numpy(np.stack(pixels)), y, known, torch.tensor(hashes))
+    say_doubts({"the data set": bank})
+    return bank

@@ -152,6 +152,7 @@ class RunRecord(msgspec.Struct):
     device:str="" # in words
     theta:str="" # SHA-256 of the backbone
     curves:dict[str,list[tuple[_Whole,_Fraction]]]={} # by model: training tasks, accuracy on val
+    duplicates:dict={} # pictures that are in the data twice, from `find_duplicates`; newer records only
 
 # %% ../../nbs/38_experiments.records.ipynb #f8d61421
 def _check_answers(row, file):

@@ -22,24 +22,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import atomic_write, read_json, require, sha256
-from ..data.bank import ImageBank
+from ..core import atomic_write, read_json, require, say, sha256
+from ..data.bank import ImageBank, find_duplicates
 from ..data.episodes import TaskShape
 from ..evaluation.exam import evaluate as evaluate_features
 from ..evaluation.exam import features, make_exam
 from ..evaluation.exam import tune as tune_features
-from ..evaluation.meta_test import Protocol, Result, check_unseen, meta_test, paper_protocol, seen_elsewhere
+from ..evaluation.meta_test import Protocol, Result, check_unseen, meta_test, pack_hashes, paper_protocol
+from ..evaluation.meta_test import seen_elsewhere, seen_pictures, unpack_hashes
 from .config import ExperimentConfig, with_backbone
 from .records import make_row
 from ..methods.base import Method, check_tta, get_inner, get_method, load_model, trained
 from ..models.backbones import Pretrained, build_backbone, is_pretrained
 from ..models.base_learner import BaseLearner
 from ..models.heads import Classifier
-from ..train.checkpoints import RunFolder, load, load_backbone, save
+from ..train.checkpoints import RunFolder, load, load_backbone, save, trained_size
 from ..train.distributed import Runtime, Team
 from ..train.meta_train import MTL, meta_state
 from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
@@ -51,7 +52,7 @@ LOG = logging.getLogger("mtl_nb")
 
 class _Printer(logging.Handler):
     "Prints messages: to wherever the standard output goes at that moment, such as the running cell of a notebook."
-    def emit(self, record): print(self.format(record), flush=True)
+    def emit(self, record): say(self.format(record))
 
 def _show_messages():
     "Unless the program has set up logging, messages are printed, so that progress is seen."
@@ -71,6 +72,7 @@ class Experiment:
     on_record:Callable[[dict],None]|None=None # called with each record of training
     seconds:dict[str,float]=field(default_factory=lambda: dict(pretrain=0., meta_train=0., meta_test=0.)) # by phase
     notes:list[str]=field(default_factory=list) # what whoever reads the results should know
+    duplicates:dict=field(default_factory=dict) # pictures that are there twice, as `find_duplicates` gives them
     @property
     def device(self) -> torch.device: return self.runtime.device
     @property
@@ -147,10 +149,17 @@ def _check_shapes(config, banks, k_shot):
         paper_protocol(k_shot, config.way).shape.check(banks[config.eval_split], f"'{config.eval_split}'")
 
 # %% ../../nbs/39_experiments.run.ipynb #0dc29175
+def _check_size(config, trained, side, source):
+    "Pictures of another size than the backbone was trained on must be meant: the config names their size."
+    require(config.size or not trained or trained == side,
+            f"the backbone {source} was trained on pictures of {trained} x {trained} pixels, and these are of another "
+            f"size: --size {trained} brings them to it, --size with another number says that this is meant")
+
 def _with_source(config, source, banks):
     "The config of an experiment whose backbone comes from a file: its phase 1 as that file states it."
     record = load_backbone(source)[2]
     for split in dict.fromkeys(("val", config.eval_split)): check_unseen(record, banks[split], split)
+    _check_size(config, trained_size(record), _image_side(banks), source)
     if "training" not in record: # an older file states only its widths and dropout
         mine = dict(widths=list(config.widths), dropout=config.dropout)
         there = dict(widths=record["widths"], dropout=record["drop"])
@@ -172,6 +181,15 @@ def _open_folder(out, identity, resume, team):
     folder = RunFolder(place.name, identity, True)
     folder.place = place # deleted together with it
     return folder
+
+def _duplicates(config, banks, source):
+    "Pictures that are there twice, among these or among those that a given backbone was trained on."
+    found = find_duplicates(banks)
+    if not source: return found
+    record = load(source, "backbone")[1]
+    splits = [s for s in ("val", "test") if s in banks]
+    seen = {f"backbone, {s}": n for s in splits if (n := sum(seen_pictures(record, banks[s]).values()))}
+    return found | dict(across=found.get("across", {}) | seen) if seen else found
 
 def _on_device(bank, device):
     "The bank on the device, unless it would fill more than half of the free memory there."
@@ -196,8 +214,9 @@ def prepare(
     require(same, "the processes have read different images: give each machine the same")
     identity = dict(recipe=asdict(config), recipe_sha256=config.digest(), data=data)
     folder = _open_folder(out, identity, resume, runtime.team)
+    found = _duplicates(config, banks, backbone)
     banks = {split: _on_device(bank, runtime.device) for split, bank in banks.items()}
-    return Experiment(config, banks, folder, data, runtime, backbone, on_record)
+    return Experiment(config, banks, folder, data, runtime, backbone, on_record, duplicates=found)
 
 # %% ../../nbs/39_experiments.run.ipynb #0d1920cd
 def _round_name(n): return "phase1" if n == 0 else f"phase1-{n + 1}" # under which its state is saved
@@ -263,6 +282,7 @@ def save_backbone(
     seconds:float, # that phase 1 took
     runtime:Runtime=Runtime(), # where Θ is
     met:Sequence[str]=(), # further classes that Θ was trained on, elsewhere
+    seen:Tensor|None=None, # int64 [n] hashes of further pictures likewise
 ) -> None:
     "Save Θ and, if features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
@@ -271,6 +291,8 @@ def save_backbone(
     record = dict(kind="backbone", arch=config.arch, widths=list(config.widths), dropout=config.dropout,
                   classes=base.names, seconds=seconds, recipe=config.digest(), training=config.training, met=list(met))
     if side := getattr(net, "size", 0): record["size"] = side # of a network made for images of one size
+    hashes = base.hashes if seen is None else torch.cat([base.hashes, seen])
+    record |= dict(image_size=_image_side(dict(train=base)), seen=pack_hashes(hashes.unique()))
     if isinstance(net, Pretrained): record |= dict(preprocessing=asdict(net.preprocessing), pretrained=net.source)
     save(path, tensors, record)
 
@@ -280,7 +302,8 @@ def _adopt_backbone(job):
     net, _, record = load_backbone(job.source, job.device)
     base = job.banks["train"]
     met = sorted({*record.get("classes", ()), *record.get("met", ())} - set(base.names))
-    save_backbone(job.backbone_file, net, base, job.config, record.get("seconds", 0.), job.runtime, met)
+    seen = unpack_hashes(record.get("seen", ""))
+    save_backbone(job.backbone_file, net, base, job.config, record.get("seconds", 0.), job.runtime, met, seen)
 
 def _take_pretrained(job):
     "Phase 1 is skipped: the backbone has weights of its own."
@@ -582,6 +605,7 @@ def finish(
         theta=config.backbone or sha256(job.backbone_file), seconds={k: round(v, 1) for k, v in job.seconds.items()},
         curves=curves)
     if job.notes: results["notes"] = job.notes
+    if job.duplicates: results["duplicates"] = job.duplicates
     folder.write_log()
     plot_curves(folder.log).savefig(png, format="png", dpi=100)
     atomic_write(folder.path/"curves.png", png.getvalue())

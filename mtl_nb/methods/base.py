@@ -27,7 +27,7 @@ from ..evaluation.exam import Exam, augmented_features, evaluate_head, evaluate_
 from ..evaluation.meta_test import Protocol, Result, check_way
 from ..evaluation.tta import TTA, TTAConfig
 from ..models.base_learner import BaseLearner
-from ..train.checkpoints import TrainState, backbone_path, load, load_backbone
+from ..train.checkpoints import TrainState, backbone_path, load, load_backbone, misfit
 from ..train.distributed import ALONE, Team
 from ..train.meta_train import MTL, MetaTrainConfig, meta_train
 
@@ -368,8 +368,8 @@ def load_model(
     d:Any = net.num_features
     base = BaseLearner(d, record["way"]).to(device)
     model = method.build(net, base, centre, record.get("size", 0), len(phase1.get("classes", ".")))
-    require({k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in trained(model).items()},
-            f"{path} does not hold exactly the tensors that '{method.label}' trains")
+    why = misfit(tensors, trained(model))
+    require(not why, f"{path} does not hold exactly the tensors that '{method.label}' trains: {why}")
     model.load_state_dict(tensors, strict=False)
     set_inner(model, lr, steps)
     return method, model.requires_grad_(False), record

@@ -150,19 +150,20 @@ def test_out_of_another_program(pictures, capsys):
     assert Path("mine/thesis.txt").read_text() == "important"
 
 
-def test_weights_of_another_program(pictures, capsys, tmp_path):
+def test_weights_of_another_program(pictures, capsys):
     Path("w.safetensors").write_bytes(b"not weights at all")
     refused(capsys, "w.safetensors", "test --weights w.safetensors", data=pictures)
     refused(capsys, "no weights 'none.safetensors'", "test --weights none.safetensors", data=pictures)
     refused(capsys, "--weights", "test", data=pictures)
-    refused(capsys, "results.json", f"test --weights {tmp_path}", data=pictures)
+    Path("empty").mkdir()
+    refused(capsys, "holds no weights", "test --weights empty", data=pictures)
 
 
 @pytest.mark.parametrize("options, words", [
     ("--split nonsense", "--split"),
     ("--way 0", "--way"),
-    ("--way 3", "these weights are for 5-way tasks"),
-    ("--shots 7", "these weights are for 1-shot tasks"),
+    ("--way 3", "is for 5-way tasks, not 3-way"),
+    ("--shots 7", "is for 1-shot tasks, not 7-shot"),
     ("--seed 1180591620717411303424", "--seed"),
     ("--shots 1,1", "different"),
     ("--size 8", "16"),
