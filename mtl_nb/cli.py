@@ -823,14 +823,14 @@ class LearnOptions:
     # learn beside what this file of mtl learn knows: new classes, or more pictures of its classes
     add_to:str|None=None
     # the network that sees: {weights}, torchvision/NAME, timm/NAME, USER/NAME of the hub, a run folder, or a file
-    weights:str="glyphs"
+    weights:str="photos"
     shots:int|None=None # of a run's weights, those meta-trained for so many pictures a class; if not given: the most
     size:int|None=None # pixels a side, for weights that do not say it
     skip_bad:bool=False # go on without pictures that cannot be read, and list them
     force:bool=False # overwrite the file
 
-_OTHER_WEIGHTS = ("the weights are 'glyphs', a small network for drawn signs: for photographs choose others, "
-                  "such as --weights torchvision/resnet18")
+_OTHER_WEIGHTS = ("the weights are 'photos', a small network that sees 32 x 32 pixels: for drawn signs there is "
+                  "--weights glyphs; large networks see more, such as --weights torchvision/resnet18")
 
 def _check_free(force, hint="", **files):
     "Refuse to overwrite."

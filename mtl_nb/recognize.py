@@ -321,9 +321,9 @@ class Recognizer:
         self.estimate_:Estimate|None = None
     @classmethod
     def from_pretrained(cls,
-        # "glyphs" or another name of weights, a run folder, a weights file, "user/name" on the hub,
+        # "photos", "glyphs" or another name of weights, a run folder, a weights file, "user/name" on the hub,
         # "torchvision/NAME", "timm/NAME", or a network
-        source="glyphs",
+        source="photos",
         preprocessing:Preprocessing|None=None, # needed for a network of your own; None: as recorded with the weights
         k_shot:int|None=None, # of several trained weights, those for so many pictures a class; None: the most
         device:str|torch.device="cpu", # where the network is to run
@@ -630,12 +630,12 @@ def _uploaded(files):
     return out
 
 def recognizer_panel(
-    recognizer:Recognizer|None=None, # learns what is uploaded; None: a new one on the weights "glyphs"
+    recognizer:Recognizer|None=None, # learns what is uploaded; None: a new one on the weights "photos"
 ): # an `ipywidgets` box; raises `BadInput` where ipywidgets is not installed
     "Upload the pictures of some classes, then new ones, and see what they are."
     try: import ipywidgets as w
     except ImportError: raise BadInput('the panel needs the package ipywidgets: pip install "mtl_nb[nb]"') from None
-    r = recognizer or Recognizer.from_pretrained("glyphs")
+    r = recognizer or Recognizer.from_pretrained()
     name, learn = w.Text(description="class"), w.Button(description="learn")
     titles = "its pictures", "new pictures"
     shown, new = (w.FileUpload(accept="image/*", multiple=True, description=o) for o in titles)

@@ -21,8 +21,8 @@ from mtl_nb.data.glyphs import glyphs
 from mtl_nb.models.backbones import FAMILIES, Pretrained
 from mtl_nb.models.base_learner import BaseLearner
 from mtl_nb.models.resnet12 import ResNet12
-from mtl_nb.publish import _halve
 from mtl_nb.hub import BUNDLED, find_weights
+from mtl_nb.publish import _halve
 from mtl_nb.recognize import (UNKNOWN, Recognizer, answer_sheet, balanced_heads, calibrate_unknown,
                               held_out, sort_pictures)
 from mtl_nb.train.checkpoints import load, save
@@ -49,7 +49,20 @@ def bank(): return glyphs(0)["test"]
 @pytest.fixture(scope="module")
 def fitted(bank):
     idx = torch.cat([bank.by_class[c][:3] for c in range(5)])
-    return Recognizer.from_pretrained().fit(bank.x[idx], [bank.names[i] for i in bank.y[idx].tolist()])
+    return Recognizer.from_pretrained("glyphs").fit(bank.x[idx], [bank.names[i] for i in bank.y[idx].tolist()])
+
+
+def test_the_weights_for_photographs():
+    file = find_weights("photos")
+    tensors, record = load(file, "backbone")
+    assert file.stat().st_size < 2e6 and all(v.dtype == torch.float16 for v in tensors.values() if v.dim() == 4)
+    assert (record["arch"], record["size"], len(record["classes"])) == ("resnet12", 32, 64)
+    assert {*record["unknown"]["similarity"]} == {"1", "2", "5", "10"}
+    noise = torch.randint(-60, 60, (3, 6, 3, 40, 50), generator=torch.Generator().manual_seed(0))
+    colours = torch.tensor([[200, 60, 60], [60, 200, 60], [60, 60, 200]])[:, None, :, None, None]
+    x, names = (colours + noise).clamp(0, 255).to(torch.uint8), ["red", "green", "blue"]
+    r = Recognizer.from_pretrained().fit([*x[:, :2].flatten(0, 1)], [o for o in names for _ in range(2)])
+    assert r.source == "photos" and r.score([*x[:, 2:].flatten(0, 1)], [o for o in names for _ in range(4)]) == 1
 
 
 def write(folder, bank, classes=range(3), first=0, last=2):
@@ -108,12 +121,12 @@ def test_import_is_light():
 def test_order_does_not_matter(bank):
     idx = torch.cat([bank.by_class[c][:k] for c, k in ((3, 4), (0, 2), (7, 9))])
     names, new = [bank.names[i] for i in bank.y[idx].tolist()], bank.x[::40]
-    a = Recognizer.from_pretrained().fit(bank.x[idx], names)
+    a = Recognizer.from_pretrained("glyphs").fit(bank.x[idx], names)
     shuffled = torch.randperm(len(idx), generator=torch.Generator().manual_seed(0))
-    b = Recognizer.from_pretrained().fit(bank.x[idx[shuffled]], [names[i] for i in shuffled])
+    b = Recognizer.from_pretrained("glyphs").fit(bank.x[idx[shuffled]], [names[i] for i in shuffled])
     assert a.classes_.tolist() == b.classes_.tolist() and a.estimate_ == b.estimate_
     assert np.allclose(a.predict_proba(new), b.predict_proba(new), atol=1e-5)
-    c = Recognizer.from_pretrained()
+    c = Recognizer.from_pretrained("glyphs")
     for name in sorted({*names}, reverse=True): c.add(name, bank.x[idx[[o == name for o in names]]])
     assert np.allclose(a.predict_proba(new), c.predict_proba(new), atol=1e-5)
     c.add("more", new[:1]).remove("more")
@@ -160,12 +173,12 @@ def test_held_out_pictures():
 
 def test_estimate(bank):
     idx = torch.cat([bank.by_class[c][:4] for c in range(0, 20, 4)])
-    r = Recognizer.from_pretrained().fit(bank.x[idx], bank.y[idx])
+    r = Recognizer.from_pretrained("glyphs").fit(bank.x[idx], bank.y[idx])
     assert r.estimate_.low < r.estimate_.accuracy < r.estimate_.high and r.estimate_.pictures == 20
     right = 0
     for i in idx.tolist():
         others = idx[idx != i]
-        right += Recognizer.from_pretrained().fit(bank.x[others], bank.y[others]).predict(bank.x[i])[0] == str(int(bank.y[i]))
+        right += Recognizer.from_pretrained("glyphs").fit(bank.x[others], bank.y[others]).predict(bank.x[i])[0] == str(int(bank.y[i]))
     assert right == round(20*r.estimate_.accuracy)
     r.add("single", bank.x[0])
     assert r.estimate_ is None and "no estimate" in repr(r)
@@ -196,7 +209,7 @@ def test_pictures_of_every_kind(pets, bank, fitted):
     Image.fromarray(np.asarray(im.convert("L")).astype(np.uint16)*257).save(place/"sixteen.png")
     im.save(place/"moving.gif", save_all=True, append_images=[im.rotate(90)])
     im.resize((500, 300)).save(place/"large.jpg")
-    r = Recognizer.from_pretrained().fit(pets)
+    r = Recognizer.from_pretrained("glyphs").fit(pets)
     assert len(r.support[bank.names[0]]) == 9
     assert np.allclose(r.predict_proba(place/"side ways.png"), r.predict_proba(im), atol=1e-5)
     assert len(r.predict(place)) == 9
@@ -204,12 +217,12 @@ def test_pictures_of_every_kind(pets, bank, fitted):
 
 def test_class_names(bank, tmp_path):
     x = bank.x[::100][:4]
-    r = Recognizer.from_pretrained().fit(x, ["猫", "Ein Hund", "é", "0"])
+    r = Recognizer.from_pretrained("glyphs").fit(x, ["猫", "Ein Hund", "é", "0"])
     r.save(tmp_path/"namen mit ü.safetensors")
     assert Recognizer.load(tmp_path/"namen mit ü.safetensors").classes_.tolist() == sorted(["猫", "Ein Hund", "é", "0"])
     answers = r.answers(x)
     assert answer_sheet(answers).size[0] > 300
-    assert Recognizer.from_pretrained().fit(x, torch.arange(4)).classes_.tolist() == list("0123")
+    assert Recognizer.from_pretrained("glyphs").fit(x, torch.arange(4)).classes_.tolist() == list("0123")
 
 
 BAD = {"truncated.png": "truncated", "empty.jpg": "empty", "huge.png": "more than 89 million", "words.png": "no image"}
@@ -227,10 +240,10 @@ def spoil(folder, name, bank):
 def test_bad_pictures(pets, bank, fitted, name, capsys):
     assert MAX_PIXELS < 100_000_000
     spoil(pets/bank.names[1], name, bank)
-    refused(lambda: Recognizer.from_pretrained().fit(pets), name, BAD[name])
+    refused(lambda: Recognizer.from_pretrained("glyphs").fit(pets), name, BAD[name])
     refused(lambda: fitted.predict(pets/bank.names[1]), name, BAD[name])
     skipped = {}
-    assert len(Recognizer.from_pretrained().fit(pets, skipped=skipped).support[bank.names[1]]) == 2
+    assert len(Recognizer.from_pretrained("glyphs").fit(pets, skipped=skipped).support[bank.names[1]]) == 2
     assert [name in o for o in skipped.values()] == [True]
     assert main(["learn", "pets", "-o", "x"]) == 2 and not Path("x").exists()
     assert main(["learn", "pets", "-o", "x", "--skip-bad"]) == 0
@@ -241,13 +254,13 @@ def test_bad_pictures(pets, bank, fitted, name, capsys):
 
 def test_a_class_without_readable_pictures(pets, bank):
     for p in (pets/bank.names[2]).iterdir(): p.write_bytes(b"")
-    refused(lambda: Recognizer.from_pretrained().fit(pets), "the file is empty", "1 more")
-    refused(lambda: Recognizer.from_pretrained().fit(pets, skipped={}), f"no picture of '{bank.names[2]}'")
+    refused(lambda: Recognizer.from_pretrained("glyphs").fit(pets), "the file is empty", "1 more")
+    refused(lambda: Recognizer.from_pretrained("glyphs").fit(pets, skipped={}), f"no picture of '{bank.names[2]}'")
 
 
 def test_other_files_are_passed_over_with_a_count(pets, bank, capsys):
     (pets/bank.names[0]/"notes.txt").write_text("a list")
-    Recognizer.from_pretrained().fit(pets)
+    Recognizer.from_pretrained("glyphs").fit(pets)
     assert "passed over 1 file" in (out := capsys.readouterr().out) and "notes.txt" in out
 
 
@@ -258,7 +271,7 @@ def test_other_files_are_passed_over_with_a_count(pets, bank, capsys):
 ])
 def test_bad_folders(pets, bank, change, words):
     change(pets, bank.names)
-    refused(lambda: Recognizer.from_pretrained().fit(pets), words)
+    refused(lambda: Recognizer.from_pretrained("glyphs").fit(pets), words)
 
 
 @pytest.mark.parametrize("call, words", [
@@ -309,8 +322,8 @@ def test_more_pictures_and_classes(fitted, bank):
     first, more = (torch.cat([bank.by_class[c][i:j] for c in o]) for o, i, j in (((0, 1), 0, 2), ((1, 2), 2, 4)))
     def labels(idx): return [names[i] for i in bank.y[idx].tolist()]
     both = torch.cat([first, more])
-    whole = Recognizer.from_pretrained().fit(x[both], labels(both))
-    grown = Recognizer.from_pretrained().fit(x[first], labels(first)).partial_fit(x[more], labels(more))
+    whole = Recognizer.from_pretrained("glyphs").fit(x[both], labels(both))
+    grown = Recognizer.from_pretrained("glyphs").fit(x[first], labels(first)).partial_fit(x[more], labels(more))
     assert np.allclose(grown.predict_proba(x[:50]), whole.predict_proba(x[:50]), atol=1e-5)
     assert (repr(grown), grown.estimate_) == (repr(whole), whole.estimate_)
     grown.partial_fit(x[both.flip(0)], labels(both.flip(0)))
@@ -318,7 +331,7 @@ def test_more_pictures_and_classes(fitted, bank):
 
 
 def test_look_alike_names(bank, caplog):
-    r = Recognizer.from_pretrained().fit(bank.x[::100][:4], ["Red_Circle", "blue", "red circle", "-"])
+    r = Recognizer.from_pretrained("glyphs").fit(bank.x[::100][:4], ["Red_Circle", "blue", "red circle", "-"])
     assert [o.message[:42] for o in caplog.records] == ["'Red_Circle' and 'red circle' are learned "]
     caplog.clear()
     assert len(r.remove("red circle").add("green", bank.x[0]).classes_) == 4 and not caplog.records
@@ -330,7 +343,7 @@ def test_arrays_of_paths_and_numpys_values(pets, bank, fitted):
     assert (fitted.predict(files, unknown=np.True_) == fitted.predict(files, unknown=True)).all()
     assert len(fitted.answers(files, top=np.int64(2))[0].probabilities) == 2
     for labels in ([0, 1, 2], torch.arange(3), list(torch.arange(3)), np.arange(3)[:, None], np.array(list("012"), object)):
-        assert Recognizer.from_pretrained().fit(bank.x[::100][:3], labels).classes_.tolist() == list("012")
+        assert Recognizer.from_pretrained("glyphs").fit(bank.x[::100][:3], labels).classes_.tolist() == list("012")
 
 
 def test_a_bad_picture_in_the_home_folder(pets, monkeypatch, fitted):
@@ -469,7 +482,7 @@ def test_the_commands(pets, bank, capsys, tmp_path):
     new = write(tmp_path/"new", bank, range(3), 50, 54)
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("p.safetensors: 3 classes, 6 pictures; about ") and "for photographs choose others" in err
+    assert out.startswith("p.safetensors: 3 classes, 6 pictures; about ") and "large networks see more" in err
     assert main("recognize p new".split()) == 2 and "did you mean p.safetensors?" in capsys.readouterr().err
     before = Path("p.safetensors").read_bytes()
     assert main(["learn", "pets", "-o", "p.safetensors"]) == 2 and "--force" in capsys.readouterr().err
@@ -506,7 +519,7 @@ def test_classes_are_added_and_taken_out(pets, bank, capsys, tmp_path):
     assert "3 classes, 6 pictures" in capsys.readouterr().out
     same = Recognizer.load("q.safetensors"), Recognizer.from_pretrained().fit("pets")
     assert np.allclose(*(o.predict_proba(bank.x[:50]) for o in same), atol=1e-5)
-    r = Recognizer.from_pretrained().fit(bank.x[::100][:4], ["a, b", "a", "b", "c"])
+    r = Recognizer.from_pretrained("glyphs").fit(bank.x[::100][:4], ["a, b", "a", "b", "c"])
     r.save("c")
     assert main(["forget", "c", "a, b"]) == 0 and Recognizer.load("c").classes_.tolist() == ["a", "b", "c"]
     for words in ("a,b", "a,b,c,d", ","):
@@ -515,7 +528,7 @@ def test_classes_are_added_and_taken_out(pets, bank, capsys, tmp_path):
 
 def test_no_cell_of_a_spreadsheet_is_a_formula(pets, bank, capsys):
     x = bank.x[::100][:3]
-    Recognizer.from_pretrained().fit(x, ["=1+1", "@b", "c"]).save("r")
+    Recognizer.from_pretrained("glyphs").fit(x, ["=1+1", "@b", "c"]).save("r")
     for o, name in zip(x, ("-a.png", "+b.png", "c.png")):
         Path("new").mkdir(exist_ok=True)
         Image.fromarray(o.permute(1, 2, 0).numpy()).save(f"new/{name}")
@@ -530,7 +543,7 @@ def test_no_cell_of_a_spreadsheet_is_a_formula(pets, bank, capsys):
 
 @pytest.mark.parametrize("command, words", [
     ("learn", "required: FOLDER"),
-    ("learn pets --weights x", "x is a saved recogniser. It holds classes and no weights: those it was learned with are 'glyphs'"),
+    ("learn pets --weights x", "x is a saved recogniser. It holds classes and no weights: those it was learned with are 'photos'"),
     ("learn pets -o x", "x is there already: --force overwrites it, --add-to x adds to it"),
     ("learn pets --add-to y", "no such file of a recogniser: y"),
     ("learn pets --add-to x --size 20", "--size: x says with which weights"),
