@@ -105,7 +105,7 @@ def test_way_and_shots_in_python():
     ("bench --skip-bad", "--skip-bad goes with --data"),
     ("bench --download", "--download"),
     ("bench --parts exam --start .", "--start is for the part start"),
-    ("learn pictures --shots 5", "glyphs is a network alone"),
+    ("learn pictures --shots 5", "photos is a network alone"),
     ("export glyphs --onnx x.onnx --shot 5", "--shot: glyphs is a network alone"),
     ("test --weights x -q -v", "--quiet and --verbose exclude each other"),
     ("run -q -v", "--quiet and --verbose exclude each other"),

@@ -65,7 +65,7 @@ def test_own_images_and_own_folder(tmp_path, capsys):
         for c in range(2):
             folder = tmp_path/"mine"/split/f"{split}{c}"
             folder.mkdir(parents=True)
-            for i in range(3): Image.new("RGB", (20, 20), (i, c, 0)).save(folder/f"{i}.png")
+            for i in range(3): Image.effect_noise((20, 20), 50).convert("RGB").save(folder/f"{i}.png")
     rows = bench({"train": bank(), "val": bank(5, 20, name="v")}, parts=("images", "phase2", "start"), toy=True, root=tmp_path/"mine")["rows"]
     assert [r["part"] for r in rows] == ["images"]*2 + ["phase2"]*2 + ["start"]*4
     assert "from 100 images" in rows[0]["what"] and "folder of 12 images" in rows[-1]["what"]

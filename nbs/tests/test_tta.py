@@ -298,7 +298,7 @@ def test_a_given_backbone_trained_on_rotations_needs_no_square_images(banks, con
     trained, wide = replace(config, objective=ObjectiveConfig(rotation=.5), methods=()), tmp_path/"wide"
     run(trained, banks, tmp_path/"square")
     oblong = {k: cut(b, 30, 32) for k, b in banks.items()}
-    results = run(trained, oblong, wide, backbone=tmp_path/"square/pretrain.safetensors")
+    results = run(replace(trained, size=32), oblong, wide, backbone=tmp_path/"square/pretrain.safetensors")
     assert [r["method"] for r in results["rows"]] == ["head only"]
 
 
