@@ -520,6 +520,13 @@ def _renamed_options():
     more = {"--equal-time": "--compute-matched", "--shares": "--phase1.bn-splits"}
     return {_flag(old): _flag(new) for new, old in LEGACY.items()} | more
 
+def _load_banks(options, data, size, strict=None, **need):
+    "The images that a command asks for; what is said of their folders goes to the standard error."
+    from mtl_nb.data.datasets import load_data
+    how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
+    with redirect_stdout(sys.stderr):
+        return load_data(data, strict=options.strict if strict is None else strict, **how, **need)
+
 def mtl_run(
     argv:Sequence[str], # the options
 ) -> int|None: # 75 when the deadline came first
@@ -528,7 +535,6 @@ def mtl_run(
     options, config, record = read_run_options(argv)
     _check_messages(options)
     show_messages(options.quiet, options.verbose)
-    from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.run import run
     from mtl_nb.methods.base import check_tta
     from mtl_nb.train.distributed import DeadlineReached
@@ -540,9 +546,7 @@ def mtl_run(
     runtime = _runtime(options, started)
     config = _batch_norm_splits(config, runtime.team, "config:phase1.bn_splits" in options.given)
     config, size = _prepared_size(options, config)
-    with redirect_stdout(sys.stderr): # what is said of the folders
-        how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
-        banks = runtime.team.in_turn(lambda: load_data(data, strict=options.strict, **how))
+    banks = runtime.team.in_turn(lambda: _load_banks(options, data, size))
     if options.compute_matched: _same_images(banks, record)
     _say_banks(banks)
     if options.backbone:
@@ -651,13 +655,11 @@ def _picture_size(options, config, record, models):
             "--size PIXELS")
     return size or None
 
-def _with_base_images(tta, options, data, record, digest, how):
+def _with_base_images(tta, options, data, record, digest, size):
     "Test-time augmentation that knows the base images, if it whitens features."
-    from mtl_nb.data.datasets import load_data
     if not tta.config.whitening: return tta
     data, what = options.base or data, "these weights whiten features, which needs the images of their base classes"
-    try:
-        with redirect_stdout(sys.stderr): bank = load_data(data, need=("train",), **how)["train"]
+    try: bank = _load_banks(options, data, size, strict=False, need=("train",))["train"]
     except BadInput as e: raise BadInput(f"{what} (--base says where they are): {e}") from None
     require(bank.names == record.get("classes"), f"{what}, and train of '{data}' holds others: give theirs with --base")
     _say_banks(dict(train=bank), ", for whitening" + ("" if bank.digest == digest else ", not those of the run"))
@@ -688,7 +690,6 @@ def mtl_test(
     options = _parse_simple("test", "Evaluate saved weights on classes they have never seen.", classes, argv)
     _check_test(options)
     from mtl_nb.data.bank import find_duplicates
-    from mtl_nb.data.datasets import load_data
     from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
     from mtl_nb.hub import find_weights
@@ -700,10 +701,9 @@ def mtl_test(
     size = _picture_size(options, config, record, models)
     expects = recorded_preprocessing(record)
     if expects: size = expects.at(size)
-    how = dict(root=options.root, size=size, download=options.download, skip_bad=options.skip_bad)
     tta = config.augmentation() if config else TTA()
     require(not options.base or tta.config.whitening, "--base is for weights that whiten features, and these do not")
-    with redirect_stdout(sys.stderr): banks = load_data(data, need=(options.split,), strict=options.strict, **how)
+    banks = _load_banks(options, data, size, need=(options.split,))
     _say_banks(banks)
     bank = banks[options.split].to(device)
     found = find_duplicates(banks)
@@ -711,7 +711,7 @@ def mtl_test(
         check_unseen(record, bank, options.split)
         if note := seen_elsewhere(record, name, options.split): LOG.warning(note)
         found |= dict(across=_check_seen_pictures(_theta(path), banks, options.strict))
-    tta = _with_base_images(tta, options, data, record, digest, how)
+    tta = _with_base_images(tta, options, data, record, digest, size)
     side = min(bank.x.shape[2:])
     require(side >= 16, f"images of {side} pixels are too small: ResNet-12 needs 16; set --size")
     results = dict(rows=_evaluate_models(models, bank, options, tta), data=dict(name=name),
@@ -793,7 +793,6 @@ def mtl_bench(
     "The command `mtl bench`."
     classes = BenchOptions, DataOptions, ComputeOptions, OutputOptions
     options = _parse_simple("bench", "Measure the speed of each phase beside the published way.", classes, argv)
-    from mtl_nb.data.datasets import load_data
     from mtl_nb.experiments.speed import bench
     device, toy = find_device(options.device), "-toy" if options.toy else ""
     parts = tuple(o.strip() for o in options.parts.split(","))
@@ -804,9 +803,7 @@ def mtl_bench(
     banks = None
     if options.data:
         data, _ = _data_name(options, "glyphs")
-        with redirect_stdout(sys.stderr):
-            how = dict(root=options.root, size=options.size, download=options.download, skip_bad=options.skip_bad)
-            banks = load_data(data, strict=options.strict, **how)
+        banks = _load_banks(options, data, options.size)
     if not options.out: file.parent.mkdir(parents=True, exist_ok=True)
     with redirect_stdout(sys.stderr if options.json else sys.stdout):
         record = bench(banks, device, parts, file, options.toy, options.start and Path(options.start))

@@ -155,9 +155,8 @@ def _check_size(config, trained, side, source):
             f"the backbone {source} was trained on pictures of {trained} x {trained} pixels, and these are of another "
             f"size: --size {trained} brings them to it, --size with another number says that this is meant")
 
-def _with_source(config, source, banks):
+def _with_source(config, source, record, banks):
     "The config of an experiment whose backbone comes from a file: its phase 1 as that file states it."
-    record = load_backbone(source)[2]
     for split in dict.fromkeys(("val", config.eval_split)): check_unseen(record, banks[split], split)
     _check_size(config, trained_size(record), _image_side(banks), source)
     if "training" not in record: # an older file states only its widths and dropout
@@ -182,12 +181,9 @@ def _open_folder(out, identity, resume, team):
     folder.place = place # deleted together with it
     return folder
 
-def _duplicates(config, banks, source):
+def _duplicates(banks, record):
     "Pictures that are there twice, among these or among those that a given backbone was trained on."
-    found = find_duplicates(banks)
-    if not source: return found
-    record = load(source, "backbone")[1]
-    splits = [s for s in ("val", "test") if s in banks]
+    found, splits = find_duplicates(banks), [s for s in ("val", "test") if s in banks]
     seen = {f"backbone, {s}": n for s in splits if (n := sum(seen_pictures(record, banks[s]).values()))}
     return found | dict(across=found.get("across", {}) | seen) if seen else found
 
@@ -208,13 +204,14 @@ def prepare(
     "Stage 1: validate the input and open the run folder. Nothing is written if anything is wrong."
     _show_messages()
     _check(config, banks, not backbone)
-    if backbone: config = _with_source(config, backbone, banks)
+    record = load_backbone(backbone)[2] if backbone else {}
+    if backbone: config = _with_source(config, backbone, record, banks)
     data = dict(name=config.data, digest={k: b.digest for k, b in banks.items()})
     same = all(o == data for o in runtime.team.all_gather_object(data))
     require(same, "the processes have read different images: give each machine the same")
     identity = dict(recipe=asdict(config), recipe_sha256=config.digest(), data=data)
     folder = _open_folder(out, identity, resume, runtime.team)
-    found = _duplicates(config, banks, backbone)
+    found = _duplicates(banks, record)
     banks = {split: _on_device(bank, runtime.device) for split, bank in banks.items()}
     return Experiment(config, banks, folder, data, runtime, backbone, on_record, duplicates=found)
 
