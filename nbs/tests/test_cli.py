@@ -285,9 +285,9 @@ def test_from_the_shell(pictures):
     assert r.returncode == 2 and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr
 
 
-def test_quick_from_end_to_end(request, capsys):
+@pytest.mark.slow
+def test_quick_from_end_to_end(capsys):
     "The first command of the front page: `pytest nbs/tests/test_cli.py --nbflags slow`."
-    if "slow" not in request.config.getoption("--nbflags"): pytest.skip("minutes of training: add --nbflags slow")
     assert mtl("run --out out") == 0
     assert all(o in capsys.readouterr().out for o in ("head only", "MTL + HT", "2,000 tasks"))
     rows = json.loads(Path("out/results.json").read_text())["rows"]

@@ -193,8 +193,8 @@ def accuracy(path):
 def test_the_small_backbone_is_trained(): assert accuracy(SMALL) > 0.5
 
 
-def test_the_small_backbone_made_anew(request, tmp_path):
-    if "slow" not in request.config.getoption("--nbflags"): pytest.skip("a minute of training: add --nbflags slow")
+@pytest.mark.slow
+def test_the_small_backbone_made_anew(tmp_path):
     make_small(tmp_path/"new.safetensors")
     assert abs(accuracy(tmp_path/"new.safetensors") - accuracy(SMALL)) < 0.02
 
