@@ -190,9 +190,9 @@ def read_record(
 def read_results(
     folder:Path, # such as `data/results`
 ) -> list[dict]: # what `read_record` gives for each run, by name of the file; raises `BadInput`
-    "All recorded runs of a folder. Other records that lie there (speed, single traces, the recogniser) are left out."
+    "All recorded runs of a folder. Records of other kinds that lie there, such as speed, are left out."
     folder = Path(folder)
     require(folder.is_dir(), f"no such folder of results: {folder}")
-    others = "speed", "trace", "recognize"
+    others = "speed", "trace", "recognize", "reliability"
     files = [f for f in sorted(folder.glob("*.json")) if read_json(f).get("kind") not in others]
     return [read_record(f) for f in files]

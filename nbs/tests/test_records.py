@@ -65,8 +65,8 @@ def test_a_record_stays_as_it_is(tmp_path):
 
 
 def test_other_records_are_left_out(tmp_path):
-    (tmp_path/"speed.json").write_text('{"kind": "speed"}')
-    (tmp_path/"trace.json").write_text('{"kind": "trace"}')
+    for kind in "speed", "trace", "recognize", "reliability":
+        (tmp_path/f"{kind}.json").write_text(json.dumps(dict(kind=kind)))
     assert read_results(tmp_path) == []
     with pytest.raises(BadInput, match="no such folder"): read_results(tmp_path/"nowhere")
 
