@@ -42,6 +42,7 @@ def did_you_mean(
     cutoff:float=.5, # how similar they must be, from 0 to 1
 ) -> str: # " (did you mean a or b?)", or an empty string
     "A suggestion for a misspelt name, to go into an error message."
+    if name in choices: return ""
     near = get_close_matches(str(name).lower(), [str(o) for o in choices], n, cutoff)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

@@ -190,7 +190,7 @@ def _legacy(config):
     flat, defaults = config.fields, _defaults()
     flat["preset"] = _renamed(config.preset, LEGACY)
     out = nest({LEGACY.get(k, k): v for k, v in flat.items() if k in _FIRST or v != defaults[k]})
-    out["hard"] = {int(k) if k.isdigit() else k: v for k, v in out["hard"].items()} # as numbers they sort otherwise
+    if all(k.isdigit() for k in out["hard"]): out["hard"] = {int(k): v for k, v in out["hard"].items()} # "10" after "5"
     return out
 
 def _modern(record):

@@ -42,6 +42,13 @@ def test_every_preset_suits_every_data_set(name, data):
     if data in DATASETS: assert made.phase1.augment.flip == DATASETS[data].mirror
 
 
+@pytest.mark.parametrize("field", ["random", "shot1", "shot5", "shot10", "other"])
+def test_every_count_of_hard_tasks_can_be_set(field):
+    made = with_overrides(config, {f"hard.{field}": 7})
+    assert getattr(made.hard, field) == 7 and made.digest() != config.digest()
+    assert config_from_record(as_json(made)).digest() == made.digest()
+
+
 def test_unknown_preset():
     assert "did you mean small?" in error_of(preset, "smal")
     assert "choose one of quick, small, paper, strong" in error_of(preset, "x")
