@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['BadInput', 'require', 'did_you_mean', 'as_utf8', 'file_name', 'printable', 'say', 'discover', 'atomic_write',
-           'sha256', 'read_json']
+           'sha256', 'has_checksum', 'write_json', 'read_json']
 
 # %% ../nbs/81_core.ipynb #a0000003
 import hashlib
@@ -114,11 +114,33 @@ def sha256(
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/81_core.ipynb #9f744659
+def _checksum(record): # of all its other entries, in whatever order
+    rest = {k: v for k, v in record.items() if k != "checksum"}
+    return "sha256:" + hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+def has_checksum(
+    record:dict, # read from a file
+) -> bool: # even if a damaged name hides the entry
+    "Was a record written with a checksum? Those of older versions were not."
+    return any(k == "checksum" or isinstance(v, str) and v.startswith("sha256:") for k, v in record.items())
+
+def write_json(
+    path:Path, # the file to write
+    record:dict, # what JSON can hold
+) -> None: # raises `BadInput` when the file cannot be written
+    "A JSON object as a file, with a checksum of its content in the entry `checksum`."
+    record = json.loads(json.dumps(record)) # as it will be read
+    atomic_write(path, json.dumps(record | dict(checksum=_checksum(record)), indent=1).encode())
+
 def read_json(
     path:Path, # a file that a run has written
-) -> dict: # raises `BadInput` when it is missing, damaged or no JSON object
+) -> dict: # without the checksum; raises `BadInput` when it is missing, damaged or no JSON object
     "A JSON object from a file."
     try: out = json.loads(Path(path).read_text(encoding="utf-8"))
+    except PermissionError: raise BadInput(f"{path} cannot be read (permission denied)") from None
     except (OSError, ValueError, RecursionError): raise BadInput(f"{path} is missing or damaged") from None
     require(isinstance(out, dict), f"{path} is not what a run writes")
+    require(not has_checksum(out) or out.get("checksum") == _checksum(out), f"{path} is damaged: it does not match its "
+            "checksum (if you changed it yourself, delete its entry 'checksum')")
+    out.pop("checksum", None)
     return out

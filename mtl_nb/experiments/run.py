@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import atomic_write, read_json, require, say, sha256
+from ..core import atomic_write, read_json, require, say, sha256, write_json
 from ..data.bank import ImageBank, find_duplicates
 from ..data.episodes import TaskShape
 from ..evaluation.exam import evaluate as evaluate_features
@@ -40,7 +40,7 @@ from ..methods.base import Method, check_tta, get_inner, get_method, load_model,
 from ..models.backbones import Pretrained, build_backbone, is_pretrained
 from ..models.base_learner import BaseLearner
 from ..models.heads import Classifier
-from ..train.checkpoints import RunFolder, load, load_backbone, save, trained_size
+from ..train.checkpoints import RunFolder, content_digest, load, load_backbone, save, trained_size
 from ..train.distributed import Runtime, Team
 from ..train.meta_train import MTL, meta_state
 from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
@@ -164,7 +164,7 @@ def _with_source(config, source, record, banks):
         there = dict(widths=record["widths"], dropout=record["drop"])
         require(mine == there, f"the backbone {source} has widths {there['widths']} and dropout {there['dropout']}, "
                 f"the config {mine['widths']} and {mine['dropout']}: choose the preset that it was trained by")
-    return replace(with_backbone(config, record.get("training", {})), backbone=sha256(source))
+    return replace(with_backbone(config, record.get("training", {})), backbone=content_digest(source))
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0008
 def _open_folder(out, identity, resume, team):
@@ -599,14 +599,14 @@ def finish(
     results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(config))),
         recipe_sha256=config.digest(), data=job.data, device=str(job.runtime),
         versions=dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version()),
-        theta=config.backbone or sha256(job.backbone_file), seconds={k: round(v, 1) for k, v in job.seconds.items()},
-        curves=curves)
+        theta=config.backbone or content_digest(job.backbone_file),
+        seconds={k: round(v, 1) for k, v in job.seconds.items()}, curves=curves)
     if job.notes: results["notes"] = job.notes
     if job.duplicates: results["duplicates"] = job.duplicates
     folder.write_log()
     plot_curves(folder.log).savefig(png, format="png", dpi=100)
     atomic_write(folder.path/"curves.png", png.getvalue())
-    atomic_write(folder.path/"results.json", json.dumps(results, indent=1).encode())
+    write_json(folder.path/"results.json", results)
     folder.clear()
     return results
 
