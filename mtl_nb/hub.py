@@ -8,24 +8,22 @@ Docs: https://mtl-nb.github.io/mtl_nb/hub.html.md"""
 __all__ = ['BUNDLED', 'PLACES', 'find_weights', 'weights_names', 'address', 'save_pretrained', 'from_pretrained', 'push_to_hub']
 
 # %% ../nbs/28_hub.ipynb #f95677bd
-import hashlib
 import json
 import os
 import re
 from dataclasses import asdict
 from functools import cache
-from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.request import urlopen
 
 import torch
 
 from . import __version__
 from .core import BadInput, atomic_write, did_you_mean, read_json, require, sha256
 from .data.datasets import get_dataset
+from .data.downloads import download
 from .data.folders import Preprocessing, cache_folder
 from .experiments.config import config_from_record
 from .methods.base import get_method
@@ -87,19 +85,8 @@ def weights_names() -> list[str]: # in order of name
 def _from_release(files): # paths in `data/weights`, of one name
     "This project's weights in the cache, downloaded from the release unless they are there."
     folder = cache_folder()/"weights"
-    for file in files:
-        place, digest = folder/file, _index()["files"][file]
-        if place.is_file() and sha256(place) == digest: continue
-        url = f"{_index()['repository']}/raw/v{__version__}/data/weights/{file}"
-        try:
-            with urlopen(url, timeout=60) as response: data = response.read()
-            place.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, HTTPException) as e:
-            raise BadInput(f"cannot download {url} to {place.parent} ({_reason(e)}): is there a connection? "
-                           "Weights that you have downloaded yourself can be given as a folder") from None
-        require(hashlib.sha256(data).hexdigest() == digest,
-                f"{url} is not the file that version {__version__} expects: its SHA-256 differs. It was not kept")
-        atomic_write(place, data)
+    release = f"{_index()['repository']}/raw/v{__version__}/data/weights"
+    for file in files: download(f"{release}/{file}", folder/file, _index()["files"][file])
     return folder/files[0].partition("/")[0]
 
 def _reason(error): # in one line

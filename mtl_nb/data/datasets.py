@@ -10,19 +10,28 @@ __all__ = ['SUPERCLASSES', 'DATASETS', 'split_table', 'Dataset', 'register_datas
 
 # %% ../../nbs/30_data.datasets.ipynb #310d1b4a
 import csv
+import hashlib
 import inspect
 import os
+import pickle
+import re
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 
-from ..core import BadInput, did_you_mean, printable, require, say
+from ..core import BadInput, did_you_mean, printable, require, say, sha256
 from .bank import ImageBank
-from .folders import Preprocessing, build_splits, class_files, fit, folder_splits, say_doubts, split_files
+from .downloads import download as download_file
+from .folders import (
+    Preprocessing, build_splits, class_files, fit, folder_splits, say_doubts, split_files, to_rgb)
 from .glyphs import glyphs
 
 # %% ../../nbs/30_data.datasets.ipynb #dc5f9379
@@ -215,33 +224,65 @@ def _load(name, find, root, size, skip_bad, need):
     return build_splits(listed, where, size or entry.size, skip_bad, **(how[0] if how else {}))
 
 # %% ../../nbs/30_data.datasets.ipynb #bed00962
-_CIFAR_FOLDER, _CIFAR_ARCHIVE = "cifar-100-python", "cifar-100-python.tar.gz" # as torchvision calls them
+_CIFAR_FOLDER = "cifar-100-python" # in the archive, and where torchvision unpacks it
+_CIFAR_ARCHIVE = ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", # its SHA-256 and its bytes
+                  "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7", 169_001_437)
+_CIFAR_IMAGES = "8a0ca92acc1afaab9763c4b1318626129692e482c04eccd97ecc4d4975d65d0b" # of what is in it, see `_content`
 
-def _fetch(root, what, files, load):
-    "Call `load()`, torchvision's reader or download; its errors become one sentence each."
-    try: return load()
-    except RuntimeError:
-        raise BadInput(f"the {what} files in {root} are incomplete or altered: "
-                       f"delete {files} there and run again with --download") from None
-    except (OSError, EOFError) as e:
-        why = getattr(e, "reason", e)
-        raise BadInput(f"cannot download {what} to {root} ({getattr(why, 'strerror', None) or why}): check the "
-                       f"connection, and that the folder can be written; or put {files} there yourself") from None
+_empty_array = np.empty(0).__reduce__()[0] # numpy's `_reconstruct`
+_PLAIN = {("numpy.core.multiarray", "_reconstruct"): _empty_array, ("numpy", "ndarray"): np.ndarray,
+          ("numpy._core.multiarray", "_reconstruct"): _empty_array, ("numpy", "dtype"): np.dtype}
+
+class _PlainUnpickler(pickle.Unpickler):
+    "Reads numbers, text, lists, dicts and arrays; a pickle that asks for any other function is not read."
+    def find_class(self, module, name):
+        require((module, name) in _PLAIN, f"the pickle asks for {module}.{name}")
+        return _PLAIN[module, name]
+
+def _cifar_part(data):
+    "The images [n,32,32,3] and the labels [n] of a train or test file of CIFAR-100."
+    part = _PlainUnpickler(BytesIO(data), encoding="latin1").load()
+    images, labels = np.asarray(part["data"], np.uint8), np.asarray(part["fine_labels"], np.int64)
+    return images.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+def _content(images, labels):
+    "The SHA-256 of all images, class by class and each class in the order of its bytes: no matter how they are filed."
+    h = hashlib.sha256()
+    for i in range(100):
+        for image in sorted(o.tobytes() for o in images[labels == i]): h.update(image)
+    return h.hexdigest()
+
+def _cifar_images(folder, archive):
+    "All images and labels, from the unpacked files or else from the archive; any exception if they were altered."
+    unpacked, wanted = folder.is_dir(), [f"{_CIFAR_FOLDER}/train", f"{_CIFAR_FOLDER}/test"]
+    if unpacked: files = {o: (folder.parent/o).read_bytes() for o in wanted}
+    else:
+        require(sha256(archive) == _CIFAR_ARCHIVE[1], "its SHA-256 differs")
+        with tarfile.open(archive, "r|gz") as tar: # from front to end, once
+            files = {o.name: tar.extractfile(o).read() for o in tar if o.name in wanted and o.isfile()}
+    images, labels = map(np.concatenate, zip(*(_cifar_part(files[o]) for o in wanted)))
+    require(not unpacked or _content(images, labels) == _CIFAR_IMAGES, "its images are others")
+    return images, labels
 
 def _cifar_archive(root, entry, download):
     "All 60,000 images as split -> class -> indices, and how to read one."
     if root.name == _CIFAR_FOLDER: root = root.parent
-    require(download or (root/_CIFAR_FOLDER).is_dir(),
-            f"no {entry.title} in {root}: add --download to fetch CIFAR-100 (161 MB), "
+    folder, archive = root/_CIFAR_FOLDER, root/_CIFAR_ARCHIVE[0].rpartition("/")[2]
+    if download and not folder.is_dir(): download_file(_CIFAR_ARCHIVE[0], archive, *_CIFAR_ARCHIVE[1:])
+    found = folder if folder.is_dir() else archive
+    require(found.exists(), f"no {entry.title} in {root}: add --download to fetch CIFAR-100 (161 MB), "
             f"or name with --root the folder that holds {entry.title}/train/CLASS/* or {_CIFAR_FOLDER}/")
-    from torchvision.datasets import CIFAR100
-    parts = _fetch(root, "CIFAR-100", f"{_CIFAR_FOLDER}/ and {_CIFAR_ARCHIVE}",
-                   lambda: [CIFAR100(root, train=t, download=download) for t in (True, False)])
-    images, labels = (np.concatenate([getattr(o, field) for o in parts]) for field in ("data", "targets"))
-    index = {name: np.flatnonzero(labels == i).tolist() for i, name in enumerate(parts[0].classes)}
+    try: images, labels = _cifar_images(folder, archive)
+    except PermissionError: raise BadInput(f"no permission to read {printable(found)}") from None
+    except Exception: # a pickle that is not whole raises any
+        raise BadInput(f"{printable(found)} is incomplete or altered: "
+                       "delete it and run again with --download") from None
+    every = sorted(name for classes in SUPERCLASSES.values() for name in classes) # as their numbers are
+    index = {name: np.flatnonzero(labels == i).tolist() for i, name in enumerate(every)}
     listed = {s: {o: index[o] for o in classes} for s, classes in entry.splits.items()}
-    how = dict(read=images.__getitem__, stamp=repr(CIFAR100.train_list + CIFAR100.test_list))
-    return root/_CIFAR_FOLDER/entry.title, listed, how
+    how = dict(read=images.__getitem__, stamp=f"{_CIFAR_ARCHIVE} {_CIFAR_IMAGES}")
+    return folder/entry.title, listed, how
+
 
 # %% ../../nbs/30_data.datasets.ipynb #6243ddeb
 @register_dataset("fc100", "FC100", splits=split_table("FC100"),
@@ -307,29 +348,55 @@ def mini_imagenet(
     return _load("miniimagenet", _csv_files, root, size, skip_bad, need)
 
 # %% ../../nbs/30_data.datasets.ipynb #d8f5aeb1
-# as torchvision calls them
-_OMNIGLOT_FOLDER, _OMNIGLOT_PARTS = "omniglot-py", ("images_background", "images_evaluation")
+_OMNIGLOT_FOLDER = "omniglot-py" # as torchvision calls it
+_AT_LAKE = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+_OMNIGLOT_ARCHIVES = {f"{_AT_LAKE}/images_background.zip": # its SHA-256 and its bytes
+                      ("ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640", 9_464_212),
+                      f"{_AT_LAKE}/images_evaluation.zip":
+                      ("1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee", 6_462_886)}
 
-def _download_omniglot(root):
-    from torchvision.datasets import Omniglot
-    _fetch(root, "Omniglot", f"{_OMNIGLOT_FOLDER}/",
-           lambda: [Omniglot(root, background=o, download=True) for o in (True, False)])
+def _zips(place):
+    "The two archives in a folder; None if one is not there, or not as it was published."
+    found = {place/url.rpartition("/")[2]: digest for url, (digest, _) in _OMNIGLOT_ARCHIVES.items()}
+    return list(found) if all(o.is_file() and sha256(o) == digest for o, digest in found.items()) else None
+
+def _from_zips(paths):
+    "The names of the drawings of each character, and how to read one."
+    zips, files = {path.stem: ZipFile(path) for path in paths}, {}
+    for part, z in zips.items():
+        for name in sorted(z.namelist()):
+            drawing = re.fullmatch(rf"{part}/([^/]+)/([^/]+)/[^/]+\.png", name)
+            if drawing: files.setdefault(".".join(drawing.groups()), []).append(name)
+    def read(name):
+        with Image.open(BytesIO(zips[name.partition("/")[0]].read(name))) as im: return to_rgb(im)
+    return files, dict(read=read, stamp=repr(_OMNIGLOT_ARCHIVES))
+
+def _unpacked(place):
+    "Folders that hold alphabets, as torchvision unpacks them; None if one of the two is not there."
+    found = [place/Path(url).stem for url in _OMNIGLOT_ARCHIVES]
+    return found if all(o.is_dir() for o in found) else None
+
+def _from_alphabets(folders):
+    "The files of the drawings of each character."
+    alphabets = [o for folder in folders for o in sorted(folder.iterdir()) if o.is_dir()]
+    return {f"{o.name}.{name}": paths for o in alphabets for name, paths in class_files(o).items()}, {}
 
 def _omniglot_files(root, entry, download):
-    "torchvision's omniglot-py: images_background and images_evaluation, in them ALPHABET/characterNN/*.png."
-    if download: _download_omniglot(root)
-    places = (o for o in (root/_OMNIGLOT_FOLDER, root) if all((o/part).is_dir() for part in _OMNIGLOT_PARTS))
-    place = next(places, None)
+    "The two archives of Omniglot, or the folders unpacked from them."
+    places = root/_OMNIGLOT_FOLDER, root
+    if download and not any(map(_unpacked, places)):
+        for url, pinned in _OMNIGLOT_ARCHIVES.items(): download_file(url, places[0]/url.rpartition("/")[2], *pinned)
+    place = next((o for o in places if _zips(o) or _unpacked(o)), None)
     require(place is not None,
             f"no Omniglot in {root}: add --download to fetch it (15 MB), "
             f"or name with --root the folder that holds Omniglot/train/CLASS/* or {_OMNIGLOT_FOLDER}/")
-    alphabets = [o for part in _OMNIGLOT_PARTS for o in sorted((place/part).iterdir()) if o.is_dir()]
-    files = {f"{o.name}.{name}": paths for o in alphabets for name, paths in class_files(o).items()}
+    zips = _zips(place)
+    files, how = _from_zips(zips) if zips else _from_alphabets(_unpacked(place))
     lacks = [o for names in entry.splits.values() for o in names if o not in files]
     if lacks:
         raise BadInput(f"Omniglot in {place} is incomplete (no {lacks[0].replace('.', '/')}; "
                        f"{len(lacks)} characters are missing): delete it and run again with --download")
-    return place, {s: {o: files[o] for o in names} for s, names in entry.splits.items()}
+    return place, {s: {o: files[o] for o in names} for s, names in entry.splits.items()}, how
 
 @register_dataset("omniglot", "Omniglot", splits=split_table("Omniglot"),
     per_class=20, native=105, size=28, mirror=False, download=True, on_disk=True)

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR100, Omniglot
-from torchvision.datasets import utils as tv
 
+from mtl_nb.data import datasets
 from mtl_nb.data.datasets import (
     DATASETS, SUPERCLASSES, cifar_fs, fc100, get_dataset, load_data, mini_imagenet, omniglot, register_dataset,
     split_table)
-from mtl_nb.core import BadInput
+from mtl_nb.core import BadInput, sha256
 from mtl_nb.data.folders import folder_splits
 
 EVERY = sorted(c for o in SUPERCLASSES.values() for c in o)
@@ -30,9 +28,8 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MTL_NB_CACHE", str(tmp_path/"cache"))
     (tmp_path/"here").mkdir()
     monkeypatch.chdir(tmp_path/"here")
-    def offline(url, *args, **kwargs): raise urllib.error.URLError("no route to host")
-    monkeypatch.setattr(tv, "_get_redirect_url", lambda url, *args, **kwargs: url, raising=False)
-    monkeypatch.setattr(tv, "_urlretrieve", offline)
+    def offline(*_): raise BadInput("cannot download, no route to host")
+    monkeypatch.setattr(datasets, "download_file", offline)
 
 def refused(f, *words):
     "`f()` raises a `BadInput` of one line that holds all `words`."
@@ -42,7 +39,16 @@ def refused(f, *words):
     return text
 
 def digests(banks): return {s: b.digest for s, b in banks.items()}
-def md5(path): return hashlib.md5(path.read_bytes()).hexdigest()
+
+def served(monkeypatch, files):
+    "Downloads copy one of `files` in place of the network; the addresses asked for, with what is expected of them."
+    asked = []
+    def copy(url, path, digest, size):
+        asked.append((url, digest, size))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(files[url.rpartition("/")[2]], path)
+    monkeypatch.setattr(datasets, "download_file", copy)
+    return asked
 
 def noise(n, side=32, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
@@ -90,7 +96,7 @@ def test_tables_are_disjoint_and_in_order(title, counts):
 # --- CIFAR-100 -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    "A stand-in for torchvision's files, three images a class, with its own MD5s; ROOT and the pixels by class."
+    "Files like CIFAR-100's, three images a class, which are taken for the published ones; ROOT and the pixels by class."
     pixels, folder = noise(300).reshape(100, 3, 32, 32, 3), tmp_path/"tv/cifar-100-python"
     folder.mkdir(parents=True)
     mix = np.random.default_rng(5).permutation(200)
@@ -99,12 +105,13 @@ def archive(tmp_path, monkeypatch):
         return dict(data=a.transpose(0, 1, 4, 2, 3).reshape(-1, 3072)[order], fine_labels=labels[order].tolist())
     parts = dict(train=part(pixels[:, :2], mix), test=part(pixels[:, 2:], np.arange(100)),
                  meta=dict(fine_label_names=EVERY))
-    for name, o in parts.items(): (folder/name).write_bytes(pickle.dumps(o))
-    with tarfile.open(tmp_path/"cifar.tar.gz", "w:gz") as tar: tar.add(folder, "cifar-100-python")
-    sums = dict(train_list=[["train", md5(folder/"train")]], test_list=[["test", md5(folder/"test")]],
-                meta=dict(CIFAR100.meta, md5=md5(folder/"meta")), tgz_md5=md5(tmp_path/"cifar.tar.gz"))
-    for key, value in sums.items():
-        monkeypatch.setattr(CIFAR100, key, value)
+    for name, o in parts.items(): (folder/name).write_bytes(pickle.dumps(o, protocol=4))
+    packed = tmp_path/"cifar-100-python.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar: tar.add(folder, "cifar-100-python")
+    url = datasets._CIFAR_ARCHIVE[0]
+    monkeypatch.setattr(datasets, "_CIFAR_ARCHIVE", (url, sha256(packed), packed.stat().st_size))
+    content = datasets._content(pixels.reshape(300, 32, 32, 3), np.repeat(np.arange(100), 3))
+    monkeypatch.setattr(datasets, "_CIFAR_IMAGES", content)
     return tmp_path/"tv", dict(zip(EVERY, pixels))
 
 @pytest.mark.parametrize("title, load", [("FC100", fc100), ("CIFAR-FS", cifar_fs)])
@@ -132,35 +139,70 @@ def test_nothing_there(tmp_path):
 
 def test_download(tmp_path, archive, monkeypatch):
     root, _ = archive
-    want = digests(fc100(root))
-    archive_name = "cifar-100-python.tar.gz"
-    refused(lambda: fc100(tmp_path/"new", download=True), "cannot download CIFAR-100", "no route to host", archive_name)
-    whole = (tmp_path/"cifar.tar.gz").read_bytes()
-    def fetch(data):
-        monkeypatch.setattr(tv, "_urlretrieve", lambda url, filename, *args, **kw: Path(filename).write_bytes(data))
-    fetch(whole[:len(whole)//2])
-    refused(lambda: fc100(tmp_path/"new", download=True), "incomplete or altered", "--download")
-    fetch(whole)  # half a file is no obstacle
-    assert digests(fc100(tmp_path/"new", download=True)) == want
-    fetch(b"")  # and is not fetched again
-    assert digests(fc100(tmp_path/"new", download=True)) == want
-    (tmp_path/"by hand").mkdir()
-    shutil.copy(tmp_path/"cifar.tar.gz", tmp_path/"by hand/cifar-100-python.tar.gz")
-    assert digests(fc100(tmp_path/"by hand", download=True)) == want
-    (tmp_path/"file").write_text("")
-    refused(lambda: fc100(tmp_path/"file", download=True), "cannot download")
+    want, name = digests(fc100(root)), "cifar-100-python.tar.gz"
+    refused(lambda: fc100(tmp_path/"new", download=True), "no route to host")
+    asked = served(monkeypatch, {name: tmp_path/name})
+    assert digests(fc100(tmp_path/"new", download=True)) == want and asked == [datasets._CIFAR_ARCHIVE]
+    assert [o.name for o in (tmp_path/"new").iterdir()] == [name], "nothing is unpacked"
+    assert digests(fc100(tmp_path/"new")) == want and len(asked) == 1, "the archive by itself will do"
+    (tmp_path/"new"/name).write_bytes((tmp_path/name).read_bytes()[:-9])
+    refused(lambda: fc100(tmp_path/"new"), name, "incomplete or altered", "delete it", "--download")
 
-def test_altered_archive_is_never_opened(archive):
+def test_unpacked_files_need_no_download(tmp_path, archive):
     root, _ = archive
-    class Bomb:
-        def __reduce__(self): return (pytest.fail, ("a pickle with a wrong MD5 was opened",))
+    assert list(fc100(root, download=True)) == ["train", "val", "test"] # and there is no network
+
+class Bomb:
+    def __reduce__(self): return (pytest.fail, ("a pickle called a function",))
+
+def test_altered_files_are_refused(archive):
+    root, _ = archive
     path = root/"cifar-100-python/train"
     whole = path.read_bytes()
-    for data in (pickle.dumps(Bomb()), whole[:-1], b""):
+    flipped = bytearray(whole)
+    flipped[len(whole)//2] ^= 1
+    lacks, other = pickle.dumps(dict(data=noise(3))), pickle.dumps(dict(data=noise(3), fine_labels=[0, 1]))
+    for data in (pickle.dumps(Bomb()), whole[:-1], b"", bytes(flipped), lacks, other, b"."):
         path.write_bytes(data)
-        refused(lambda: fc100(root), "incomplete or altered", "--download")
+        refused(lambda: fc100(root), "incomplete or altered", "--download", str(root/"cifar-100-python"))
     path.unlink()
     refused(lambda: fc100(root), "incomplete or altered")
+
+@pytest.mark.parametrize("value", [Bomb(), print, Path("x"), np.random.default_rng(0), 3j, {1}, np.array([Bomb()])])
+def test_the_unpickler_makes_arrays_and_plain_data_alone(value):
+    from io import BytesIO
+    plain = {"data": noise(2), "labels": [1, -2, 2**70], "text": ("a", b"b", 0.5, None, True)}
+    def read(o, protocol): return datasets._PlainUnpickler(BytesIO(pickle.dumps(o, protocol)), encoding="latin1").load()
+    for protocol in (3, 4):
+        back = read(plain, protocol)
+        assert (back.pop("data") == plain["data"]).all() and back == {k: plain[k] for k in back}
+        if not isinstance(value, set) or protocol < 4: refused(lambda: read(value, protocol), "the pickle asks for")
+
+def test_pickles_of_python_2_as_the_published_files_are():
+    "Opcodes as Python 2 and its numpy wrote them: bytes as text in Latin-1, and the older name of numpy's module."
+    images, labels = noise(3), [0, 1, 99]
+    rows = images.transpose(0, 3, 1, 2).tobytes()
+    array = (b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01K\x03M\x00\x0c\x86"
+             b"cnumpy\ndtype\nq\x04U\x02u1K\x00K\x01\x87Rq\x05(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+             b"T" + len(rows).to_bytes(4, "little") + rows + b"tb")
+    data = b"\x80\x02}q\x00(U\x04data" + array + b"U\x0bfine_labels](" + b"".join(b"K" + bytes([o]) for o in labels) + b"eu."
+    got, its_labels = datasets._cifar_part(data)
+    assert (got == images).all() and its_labels.tolist() == labels
+
+def test_an_archive_can_write_nowhere(tmp_path, archive, monkeypatch):
+    "Its members are read by their names; others, links and paths that lead elsewhere are never looked at."
+    root, _ = archive
+    want, packed = digests(fc100(root)), tmp_path/"evil"/"cifar-100-python.tar.gz"
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w:gz") as tar:
+        for name in ("../escaped", str(tmp_path/"escaped"), "cifar-100-python/extra"): tar.add(root/"cifar-100-python/meta", name)
+        link = tarfile.TarInfo("cifar-100-python/link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/"
+        tar.addfile(link)
+        tar.add(root/"cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(datasets, "_CIFAR_ARCHIVE", (packed.as_uri(), sha256(packed), 0))
+    assert digests(fc100(packed.parent)) == want
+    assert not list(tmp_path.rglob("escaped")) and [o.name for o in packed.parent.iterdir()] == [packed.name]
 
 def test_other_folders_are_not_taken_for_the_set(tmp_path, archive):
     _, pixels = archive
@@ -250,18 +292,31 @@ def test_omniglot(tmp_path, drawings, monkeypatch):
     assert digests(omniglot(tmp_path)) == digests(want) == digests(load_data("omniglot", tmp_path/"Omniglot"))
     assert list(omniglot(tmp_path, 105, need=("val",))["val"].x.shape) == [172, 3, 105, 105]
     refused(lambda: omniglot(tmp_path/"here"), "--download", "omniglot-py")
-    refused(lambda: omniglot(tmp_path/"here", download=True), "cannot download Omniglot", "no route to host")
-    sums = {}
-    for part in ("images_background", "images_evaluation"):
-        with zipfile.ZipFile(tmp_path/f"{part}.zip", "w") as z:
-            for p in sorted((drawings/part).rglob("*.png")): z.write(p, p.relative_to(drawings))
-        sums[part] = md5(tmp_path/f"{part}.zip")
-    monkeypatch.setattr(Omniglot, "zips_md5", sums)
-    def fetch(url, filename, *args, **kwargs): shutil.copy(tmp_path/Path(url).name, filename)
-    monkeypatch.setattr(tv, "_urlretrieve", fetch)
-    assert digests(omniglot(tmp_path/"new", download=True)) == digests(want)
-    shutil.rmtree(tmp_path/"new/omniglot-py/images_evaluation/ULOG")
+    refused(lambda: omniglot(tmp_path/"here", download=True), "no route to host")
+
+def test_omniglot_from_its_archives(tmp_path, drawings, monkeypatch):
+    want, pinned, files = omniglot(drawings), {}, {}
+    for url in datasets._OMNIGLOT_ARCHIVES:
+        part = files[Path(url).name] = tmp_path/Path(url).name
+        with zipfile.ZipFile(part, "w") as z:
+            for p in sorted((drawings/part.stem).rglob("*.png")): z.write(p, p.relative_to(drawings))
+            z.writestr("../escaped/a/b.png", b"")
+            z.writestr("__MACOSX/images_background/Latin/character01/._a.png", b"")
+        pinned[url] = (sha256(part), part.stat().st_size)
+    monkeypatch.setattr(datasets, "_OMNIGLOT_ARCHIVES", pinned)
+    asked, place = served(monkeypatch, files), tmp_path/"new/omniglot-py"
+    got = omniglot(tmp_path/"new", download=True)
+    assert digests(got) == digests(want) and all(torch.equal(got[s].hashes, want[s].hashes) for s in want)
+    assert asked == [(url, *pinned[url]) for url in pinned]
+    assert sorted(o.name for o in place.iterdir()) == sorted(files) and not list(tmp_path.rglob("escaped"))
+    assert digests(omniglot(tmp_path/"new")) == digests(omniglot(place)) == digests(want)
+    for part in ("images_background", "images_evaluation"): shutil.copytree(drawings/part, place/part)
+    shutil.rmtree(place/"images_evaluation/ULOG")
+    assert digests(omniglot(tmp_path/"new")) == digests(want), "the archives, which can be checked, come first"
+    (place/"images_evaluation.zip").write_bytes(b"half")
     refused(lambda: omniglot(tmp_path/"new"), "incomplete", "ULOG/character01", "26 characters")
+    shutil.rmtree(place/"images_background")
+    refused(lambda: omniglot(tmp_path/"new"), "no Omniglot in", "--download")
 
 # --- by name -------------------------------------------------------------------------------------------------------
 def test_load_data(tmp_path, monkeypatch):
@@ -309,7 +364,7 @@ def test_a_set_of_ones_own(monkeypatch):
     refused(lambda: register_dataset("stripes")(len), "already")
     refused(lambda: register_dataset("My Set"), "lower case")
 
-def test_torchvision_is_imported_where_it_is_used():
+def test_torchvision_is_not_needed():
     code = "import sys\nimport mtl_nb.data.datasets\nprint('torchvision' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
