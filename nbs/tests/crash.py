@@ -97,8 +97,8 @@ def _forked(argv, place, fault, traced, patches):
     os.chdir(place)
     os.environ["MTL_NB_CACHE"] = f"{place}/cache"
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    fd = os.open(f"{place}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for o in (1, 2): os.dup2(fd, o)
+    for fd, name in (1, "out"), (2, "said"):
+        os.dup2(os.open(f"{place}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = (open(o, "w", encoding="utf-8", closefd=False) for o in (1, 2))
     Runtime.should_checkpoint = lambda self, since: True # no least time between two states
     for patch in patches: patch()
@@ -115,7 +115,8 @@ def _forked(argv, place, fault, traced, patches):
 class Ended(NamedTuple):
     "How a command ended."
     code: int # negative: the signal that killed it
-    said: str # on both streams
+    said: str # on the standard error
+    out: str # on the standard output
     seconds: float
     @property
     def last(self): return (self.said.splitlines() or [""])[-1]
@@ -140,8 +141,9 @@ def mtl(place, argv=RUN, fault=None, kill_after=None, traced=False, patches=(), 
     if p.is_alive(): p.kill()
     p.join()
     assert not hangs, f"mtl {' '.join(map(str, argv))} did not end within {limit} seconds"
-    said = Path(f"{Path(place).resolve()}.said").read_text(encoding="utf-8", errors="replace")
-    return Ended(p.exitcode, said, time.perf_counter() - began)
+    files = (Path(f"{Path(place).resolve()}.{o}") for o in ("said", "out"))
+    texts = [o.read_text(encoding="utf-8", errors="replace") if o.exists() else "" for o in files]
+    return Ended(p.exitcode, *texts, time.perf_counter() - began)
 
 
 def pictures(place, seed=0, count=12, side=16):
