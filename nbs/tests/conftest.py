@@ -11,6 +11,13 @@ from mtl_nb.models.resnet12 import ResNet12
 
 root = Path(__file__).parents[2]
 
+def pytest_configure(config):
+    "Hypothesis tries the same few examples each time; many, where slow tests are asked for."
+    from hypothesis import settings
+    many = "slow" in config.getoption("--nbflags").split()
+    settings.register_profile("mtl_nb", max_examples=200 if many else 25, deadline=None, derandomize=True, database=None)
+    settings.load_profile("mtl_nb")
+
 @pytest.fixture(scope="module")
 def files():
     "Paths of the project's files: those that git has or would take."
