@@ -96,6 +96,17 @@ def test_scripts_of_the_site(path):
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"\beval\(|new Function\(|document\.write\(|\bhttp://(?!www\.w3\.org/)[\w.]+", text)
 
+def test_the_workflow_installs_what_is_declared():
+    "The oldest versions and the newest are tested, and known faults looked up; extras have the names they have in setup.py."
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((root/".github/workflows/test.yml").read_text(encoding="utf-8"))["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert matrix["versions"] == ["highest"] and [o["versions"] for o in matrix["include"]] == ["lowest-direct"]
+    steps = [o["run"] for job in jobs.values() for o in job["steps"] if "run" in o]
+    extras = {o for step in steps for m in re.findall(r"\[([\w,]+)\]", step) for o in m.split(",")}
+    declared = re.findall(r"^(\w+)_requirements =", (root/"settings.ini").read_text(encoding="utf-8"), re.M)
+    assert any("pip-audit" in o for o in steps) and extras <= set(declared)
+
 
 BAD = """
 import pickle
