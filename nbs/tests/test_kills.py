@@ -13,6 +13,8 @@ from crash import PHASES, RUN, Fault, copy, fresh, mtl, note, outcome, pictures,
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and /proc")
 KILLED = -9
+CODES = dict(kill=KILLED, full=2) # exit codes
+HOW = dict(kill="killed", full="disk full")
 SHORT = [*RUN[:RUN.index("--shots")], "--shots", 1, "--methods", "mtl", *RUN[RUN.index("--inner"):]]
 LEARN, ADD = "learn set/train -o x.safetensors --force -q".split(), "learn set/val --add-to x.safetensors -q".split()
 COUNTS: Counter = Counter() # (how, phase, writer) of each kill that the tests survived
@@ -47,8 +49,8 @@ def whole(tmp_path_factory): return uninterrupted(tmp_path_factory.mktemp("whole
 @pytest.fixture(scope="module", autouse=True)
 def noted():
     yield
-    rows = [dict(how=how, phase=phase, writer=who, kills=n) for (how, phase, who), n in sorted(COUNTS.items())]
-    if any(how == "a random moment" for how, *_ in COUNTS): note("kills", rows=rows)
+    rows = [dict(how=how, phase=phase, writer=who, survived=n) for (how, phase, who), n in sorted(COUNTS.items())]
+    if any(how == "killed at a random moment" for how, *_ in COUNTS): note("kills", rows=rows)
 
 
 def resumed(whole, place):
@@ -58,21 +60,24 @@ def resumed(whole, place):
     assert outcome(place/"run") == whole.found
 
 
-def killed_at(place, argv, steps):
-    "The step, one of these, at which the command was killed; None: it came to none of them, and to its end."
-    ended = mtl(place, argv, Fault(frozenset(steps)))
-    assert ended.code in (0, KILLED), ended.said
-    return Path(f"{place}.at").read_text(encoding="utf-8") if ended.code == KILLED else None
+def stopped_at(place, argv, steps, how="kill"):
+    "The step, one of these, at which the command was stopped; None: it came to none of them, and to its end."
+    at = Path(f"{place}.at")
+    at.unlink(missing_ok=True)
+    ended = mtl(place, argv, Fault(frozenset(steps), how))
+    assert ended.code in (0, CODES[how]) and "Traceback" not in ended.said, f"{at.exists() and at.read_text()}: {ended}"
+    if how != "kill" and ended.code: assert ended.last.startswith("mtl: "), ended.said
+    return at.read_text(encoding="utf-8") if at.exists() else None
 
 
-def killed_at_each(whole, place, steps):
-    "Killed once at each of the steps as they come, and resumed each time; the steps that it came to."
+def stopped_at_each(whole, place, steps, how="kill"):
+    "Stopped once at each of the steps as they come, and resumed each time; the steps that it came to."
     left, found = set(steps), []
-    while left and (step := killed_at(place, whole.argv, left)):
+    while left and (step := stopped_at(place, whole.argv, left, how)):
         left.remove(step)
         found.append(step)
     resumed(whole, place)
-    COUNTS.update(("a step of a write", *place_of(step)) for step in found)
+    COUNTS.update((HOW[how], *place_of(step)) for step in found)
     return found
 
 
@@ -86,20 +91,34 @@ def test_killed_inside_writes(short, tmp_path):
     steps = """rename run/.phase1.state|half run/pretrain.safetensors|written run/.mtl-1shot.state
                half run/results.json|renamed run/results.json"""
     steps = [o.strip() for line in steps.splitlines() for o in line.split("|")]
-    assert killed_at_each(short, fresh(short.place, tmp_path/"again"), steps) == steps
+    assert stopped_at_each(short, fresh(short.place, tmp_path/"again"), steps) == steps
+
+
+def test_a_full_disk(short, tmp_path):
+    "One line, exit code 2; when there is room again, the run goes on."
+    steps = ["half cache/set_val.part", "written run/.phase1.state", "half run/log.jsonl", "open run/mtl-1shot.safetensors"]
+    assert stopped_at_each(short, fresh(short.place, tmp_path/"again"), steps, "full") == steps
+
+
+def everywhere(whole, place, how):
+    "At every step; what a resumed run does not come to again, such as the cache, is tried in runs of its own."
+    left, n = set(whole.steps), 0
+    while left:
+        found = stopped_at_each(whole, fresh(whole.place, place/f"{n}"), left, how)
+        assert found, f"no run comes to these steps: {sorted(left)}"
+        left, n = left - set(found), n + 1
 
 
 @pytest.mark.slow
 def test_killed_at_every_step_of_every_write(whole, tmp_path):
-    "What a resumed run does not come to again, such as the cache of pictures, is tried in runs of its own."
-    left, n = set(whole.steps), 0
-    while left:
-        found = killed_at_each(whole, fresh(whole.place, tmp_path/f"{n}"), left)
-        assert found, f"no run comes to these steps: {sorted(left)}"
-        left, n = left - set(found), n + 1
+    everywhere(whole, tmp_path, "kill")
     kinds = {place_of(o)[1] for o in whole.steps}
     assert {"recipe", "log", "backbone", "scales and shifts", "results", "cache of pictures"} <= kinds
     assert {"state, phase 1", "state, phase 2", "state, phase 3"} <= kinds
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_every_step_of_every_write(short, tmp_path): everywhere(short, tmp_path, "full")
 
 
 def newest(place):
@@ -122,7 +141,7 @@ def test_killed_at_random_moments(whole, tmp_path, seed):
         found.append(newest(place)[0])
     resumed(whole, place)
     assert len(found) >= 3
-    COUNTS.update(("a random moment", phase, "anywhere") for phase in found)
+    COUNTS.update(("killed at a random moment", phase, "anywhere") for phase in found)
 
 
 def learned(place, argv=LEARN):
@@ -142,9 +161,9 @@ def test_a_recogniser_is_the_old_one_or_the_new_one(short, tmp_path):
         for step in names:
             place = fresh(short.place, tmp_path/f"{len(COUNTS)}-{hash((argv[1], step))}")
             if before: (place/"x.safetensors").write_bytes(before)
-            assert killed_at(place, argv, [step]) == step
+            assert stopped_at(place, argv, [step]) == step
             found = (place/"x.safetensors").read_bytes() if (place/"x.safetensors").exists() else None
             assert found in (before, after)
             assert found is None or readable(place/"x.safetensors")
             if found != after: assert learned(place, argv)[0] == after
-            COUNTS["a step of a write", "recogniser", "recogniser"] += 1
+            COUNTS["killed", "recogniser", "recogniser"] += 1
