@@ -10,6 +10,7 @@ __all__ = ['bit_stream', 'uniform', 'family', 'segments', 'ink', 'pose', 'textur
 
 # %% ../../nbs/02_data.glyphs.ipynb #0cb41a74
 import io
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -195,11 +196,8 @@ def members(
     return {part: sorted(out[part]) for part in ("train", "val", "test")}
 
 # %% ../../nbs/02_data.glyphs.ipynb #30088fce
-def glyphs(
-    seed:int=0, # another seed gives another hundred classes
-    split:str="near", # 'near': new classes of known families; 'far': new families
-) -> dict[str,ImageBank]: # 'train', 'val' and 'test': 64, 16 and 20 classes of 100 images [3,32,32]
-    "The built-in data set: 100 classes in 25 families of 4, from `seed`; raises `BadInput` for a bad seed or split."
+@lru_cache(4)
+def _draw_set(seed, split):
     parts, paths, out = members(seed, split), [family(seed, f) for f in range(25)], {}
     for part, classes in parts.items():
         x = np.concatenate([draw(paths[f][m], bit_stream(seed, f, m)) for f, m in classes])
@@ -207,3 +205,10 @@ def glyphs(
         out[part] = ImageBank(torch.from_numpy(x), y, [f"f{f:02d}-{m}" for f, m in classes])
     check_disjoint(out)
     return out
+
+def glyphs(
+    seed:int=0, # another seed gives another hundred classes
+    split:str="near", # 'near': new classes of known families; 'far': new families
+) -> dict[str,ImageBank]: # 'train', 'val' and 'test': 64, 16 and 20 classes of 100 images [3,32,32]
+    "The built-in data set: 100 classes in 25 families of 4, from `seed`; raises `BadInput` for a bad seed or split."
+    return dict(_draw_set(seed, split))
