@@ -294,7 +294,7 @@ def test_hard_tasks_are_among_those_trained_on(long):
         assert {r["hard"] for r in mine} == {True, False}
 
 
-@pytest.mark.parametrize("after", [3, 6, 8])
+@pytest.mark.parametrize("after", [6, *(pytest.param(o, marks=pytest.mark.slow) for o in (3, 8))])
 def test_killed_and_resumed(long, small, tmp_path, monkeypatch, after):
     expected, config, out = long
     with short_grid(LONG[0]):
