@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core import BadInput, atomic_write, has_checksum, read_json, require, sha256, write_json
+from ..core import BadInput, atomic_write, check_schema, has_checksum, read_json, require, sha256, write_json
 from ..data.folders import Preprocessing
 from ..models.backbones import Pretrained, build_backbone
 
@@ -119,6 +119,7 @@ def _read(path):
     require(isinstance(record, dict), f"{path} is a safetensors file, but not one of mtl_nb: it has no record")
     require(not has_checksum(record) or _intact(data, record.get("checksum")),
             f"{path} is damaged: it does not match its checksum")
+    check_schema(record, path)
     return tensors, record
 
 def _read_part(path, name, digest):
