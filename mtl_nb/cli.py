@@ -342,17 +342,18 @@ def _data_name(options, default):
 
 def _read_config(options):
     "The config to start from, and the record that it comes from, if any."
-    from mtl_nb.experiments.config import compute_matched, config_from_record, preset
+    from mtl_nb.experiments.config import compute_matched, preset
+    from mtl_nb.experiments.records import read_config, read_record
     if options.compute_matched:
         odd = {"preset", "seed", "methods", "config", "backbone"} & {*options.given}
         require(not odd, "--compute-matched takes the whole config from the record: leave out "
                 f"{', '.join(map(_flag, sorted(odd)))}")
+        read_record(Path(options.compute_matched)) # raises `BadInput` for a damaged one
         record = read_json(Path(options.compute_matched))
         return compute_matched(record), record
     if options.config:
         require(options.preset is None, "give --config or --preset, not both")
-        record = read_json(Path(options.config))
-        return config_from_record(record.get("recipe")), record
+        return read_config(Path(options.config), changed=True)[0], read_json(Path(options.config))
     _, name = _data_name(options, "glyphs")
     return preset(options.preset or "quick", name, seed=options.seed or 0), None
 
@@ -621,12 +622,12 @@ def _backbone_record(path):
 
 def _trained_config(path):
     "The config of the run that weights belong to, and the digest of its base images; None where none is beside them."
-    from mtl_nb.experiments.config import config_from_record
+    from mtl_nb.experiments.records import read_config
     place = path if path.is_dir() else path.parent
     file = next((place/o for o in ("recipe.json", "results.json") if (place/o).is_file()), None)
     if file is None: return None, ""
-    record = read_json(file)
-    return config_from_record(record.get("recipe", {})), record.get("data", {}).get("digest", {}).get("train", "")
+    config, data = read_config(file)
+    return config, data.digest.get("train", "") if data else ""
 
 # %% ../nbs/22_cli.ipynb #4703d8d4
 def _check_test(options):
@@ -636,8 +637,8 @@ def _check_test(options):
     require(not slash or family not in FAMILIES, f"--weights {options.weights}: mtl test is for weights of a run. "
             f"This network is evaluated by mtl run --methods none --arch {options.weights}")
     require(options.split in ("train", "val", "test"), f"--split is train, val or test, got '{options.split}'")
-    require(options.way is None or options.way >= 2, f"--way must be at least 2, got {options.way}")
-    require(options.size is None or options.size >= 16, f"--size must be at least 16 pixels, got {options.size}")
+    require(options.way is None or 2 <= options.way <= 1000, f"--way must be from 2 to 1,000, got {options.way}")
+    require(options.size is None or 16 <= options.size <= 2048, f"--size must be from 16 to 2048, got {options.size}")
     require(0 <= options.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {options.seed}")
     shots = options.shots or ()
     require(all(k >= 1 for k in shots), f"--shots must be at least 1, got {_shown(shots)}")

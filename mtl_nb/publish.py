@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core import BadInput, atomic_write, read_json, require, sha256
+from .core import BadInput, atomic_write, escaped, read_json, require, sha256
 from .experiments.config import config_from_record
-from .experiments.records import results_table
-from .methods.base import METHODS, Method, get_method, load_model, set_inner
+from .experiments.records import read_record, results_table
+from .methods.base import METHODS, Method, check_inner, get_method, load_model, recorded_method, set_inner
 from .models.backbones import is_pretrained
 from .models.base_learner import BaseLearner
 from .train.checkpoints import backbone_path, halve_phi, load, load_backbone, save
@@ -57,6 +57,7 @@ def export_weights(
     "Write a run's weights at half the size, with its config, its results and a card."
     folder, out = Path(folder), Path(out)
     _check_places(folder, out)
+    read_record(folder/"results.json") # raises `BadInput` for a damaged one
     results, methods = read_json(folder/"results.json"), _method_files(folder)
     backbone = load(folder/"pretrain.safetensors", "backbone")
     for path, (_, record) in methods.items(): backbone_path(path, record) # do they belong together?
@@ -125,6 +126,7 @@ def card(
     rounded:bool=True, # are the weights rounded, as `export_weights` does it?
 ) -> str: # Markdown
     "What the weights are, for whoever finds them."
+    results = escaped(results)
     config, data = config_from_record(results["recipe"]), results["data"]["name"]
     methods = [m for m in map(get_method, config.methods) if m.meta]
     size = f" at {config.size} × {config.size} pixels" if config.size else ""
@@ -163,14 +165,11 @@ def _rows(folder):
     "The rows of a folder's results under the standard protocol; none if it has no results."
     file = folder/"results.json"
     if not file.is_file(): return []
-    try:
-        rows = [r for r in read_json(file)["rows"] if r["protocol"] == "standard"]
-        return [r | dict(method=_label(r["method"])) for r in rows]
-    except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{file} is damaged: its rows cannot be read") from None
+    rows = [r for r in read_record(file)["rows"] if r["protocol"] == "standard"]
+    return [r | dict(method=_label(r["method"], file)) for r in rows]
 
-def _label(recorded): # "head only" for the compute-matched baseline, too
-    return "head only" if recorded.startswith("head only") else get_method(recorded).label
+def _label(recorded, file): # "head only" for the compute-matched baseline, too
+    return "head only" if recorded.startswith("head only") else recorded_method(recorded, file).label
 
 def backbone_file(
     folder:Path, # a run folder, an exported one, or a published one
@@ -185,7 +184,7 @@ def _offers(folder):
     out = {(r["method"], r["shot"]): theta for r in _rows(folder) if not get_method(r["method"]).meta}
     for file, (_, record) in _method_files(folder).items():
         label = record.get("method") or ("MTL + HT" if record.get("hard") else "MTL") # older files do not name it
-        out.setdefault((get_method(label).label, record["shot"]), file)
+        out.setdefault((recorded_method(label, file).label, record.get("shot", 1)), file)
     order = list(METHODS)
     return dict(sorted(out.items(), key=lambda o: (order.index(o[0][0]), o[0][1])))
 
@@ -214,6 +213,7 @@ def _choose(folder, method, k_shot):
 def _untrained(path, label, row, device):
     "A method without an outer loop, on a backbone's file; `row` tells its way and its inner loop."
     method, (net, centre, record) = get_method(label), load_backbone(path, device)
+    check_inner(row, method, path)
     base = BaseLearner(net.num_features, row["way"], row["head_lr"], row["head_steps"]).to(device)
     model = method.build(net, base, centre)
     set_inner(model, row["lr"], row["steps"])
@@ -237,11 +237,13 @@ def load_weights(
     "A model from disk, ready to be evaluated."
     path, device = Path(path), pick_device(device)
     require(path.exists(), f"no such weights: {path}")
+    require(way is None or 2 <= way <= 1000, f"way must be from 2 to 1,000, got {way}")
     if path.is_dir():
         label, k_shot, file = _choose(path, method, k_shot)
         if get_method(label).meta: return _asked_for(Weights(*load_model(file, device)), path, way, k_shot)
         rows = {r["method"]: r for r in _rows(path) if r["shot"] == k_shot}
-        head = rows["head only"]
+        head = rows.get("head only", {})
+        check_inner(head, get_method("head only"), path)
         row = rows[label] | dict(head_lr=head["lr"], head_steps=head["steps"])
         return _asked_for(_untrained(file, label, row, device), path, way, k_shot)
     record = load(path)[1]

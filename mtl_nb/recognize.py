@@ -31,12 +31,13 @@ from msgspec import Meta
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from .core import BadInput, did_you_mean, file_name, read_json, require
+from .core import BadInput, Sha256, Share, Shots, Side, checked, did_you_mean, file_name, require
 from .data.bank import ImageBank, normalise
 from .data.datasets import get_dataset
 from .data.episodes import TaskShape
 from .data.folders import Preprocessing, class_files, picture_files, read_image, to_rgb, unreadable
 from .evaluation.exam import make_exam
+from .experiments.records import read_config
 from .hub import address, find_weights
 from .methods.base import get_method
 from .models.backbones import FAMILIES, Pretrained, build_backbone, check_backbone
@@ -108,10 +109,10 @@ def balanced_heads(
 # %% ../nbs/20_recognize.ipynb #20c0de13
 class Estimate(NamedTuple):
     "The accuracy to expect on new pictures of the same classes."
-    accuracy:float # from 0 to 1
-    low:float # where its 95 % interval begins
-    high:float # and where it ends
-    pictures:int # that were left out, in turn
+    accuracy:Share # from 0 to 1
+    low:Share # where its 95 % interval begins
+    high:Share # and where it ends
+    pictures:Annotated[int, Meta(ge=1)] # that were left out, in turn
     def __str__(self):
         return (f"about {100*self.accuracy:.0f} % of new pictures right ({100*self.low:.0f} to {100*self.high:.0f} %), "
                 f"by leaving out {self.pictures} pictures in turn")
@@ -144,33 +145,33 @@ def _bare(net, preprocessing):
     check_backbone(net, preprocessing.size)
     return MTL(net, BaseLearner(net.num_features, 5, 0.1, 50), torch.zeros(net.num_features))
 
+_Cosine = Annotated[float, Meta(ge=-1, le=1)]
+
 class Calibration(msgspec.Struct):
     "When a picture counts as unknown."
-    false_alarms:float # the share of pictures of known classes that seem unknown
-    similarity:dict[int,float] # the least cosine to the nearest learned picture, by the pictures learned of a class
+    false_alarms:Share # of pictures of known classes, that seem unknown
+    # the least cosine to the nearest learned picture, by the pictures learned of a class
+    similarity:Annotated[dict[Shots,_Cosine], Meta(min_length=1)]
 
-Inner = tuple[Annotated[float, Meta(ge=0, le=1000)], Annotated[int, Meta(ge=0, le=10_000)]] # rate and steps
+Inner = tuple[Annotated[float, Meta(gt=0, le=1000)], Annotated[int, Meta(ge=1, le=10_000)]] # rate and steps
 
 class WeightsRecord(msgspec.Struct):
     "What the record of a weights file may say to a recogniser."
-    shot:int|None=None # pictures a class in the tasks of meta-training
-    size:int|None=None # pixels a side
+    shot:Shots|None=None # pictures a class in the tasks of meta-training
+    size:Side|None=None # pixels a side
+    image_size:Side|None=None # the same, of the pictures in training; 0: they differed
     inner:Inner|None=None # rate and steps, where they are not the method's own
     preprocessing:Preprocessing|None=None
     unknown:Calibration|None=None
-
-def _convert(record, kind, path):
-    try: return msgspec.convert(record, kind, str_keys=True)
-    except msgspec.ValidationError as e: raise BadInput(f"{path} is damaged: {e}") from None
 
 def _recorded_preprocessing(path, record, net):
     "What weights were trained with: network, record or the config beside them say it; or None."
     found = getattr(net, "preprocessing", None) or record.preprocessing
     if found: return found
-    config, size = (path if path.is_dir() else path.parent)/"recipe.json", record.size
-    if not size and config.is_file():
-        recipe = read_json(config).get("recipe", {})
-        size = recipe.get("size") or get_dataset(str(recipe.get("data"))).side
+    beside, size = (path if path.is_dir() else path.parent)/"recipe.json", record.size or record.image_size
+    if not size and beside.is_file():
+        config = read_config(beside)[0]
+        size = config.size or get_dataset(config.data).side
     return Preprocessing(size) if size else None
 
 # %% ../nbs/20_recognize.ipynb #20c0de19
@@ -201,7 +202,7 @@ def load_extractor(
     weights = load_weights(path, label, k_shot)
     require(isinstance(weights.model.base, BaseLearner),
             f"{path} holds '{weights.method.label}', which has no head that adapts by gradient steps")
-    record = _convert(weights.record, WeightsRecord, path)
+    record = checked(weights.record, WeightsRecord, path)
     preprocessing = preprocessing or _recorded_preprocessing(path, record, weights.model.backbone)
     if not preprocessing: raise BadInput(f"{path} does not say for which pictures it was trained: give their size, "
                                          "preprocessing=Preprocessing(size) or --size")
@@ -219,9 +220,9 @@ class SavedRecord(msgspec.Struct):
     "What the file of a recogniser says."
     classes:Annotated[list[str], Meta(min_length=2)] # in order of name
     counts:list[Annotated[int, Meta(ge=1)]] # pictures of each
-    source:str # where the weights are
-    k_shot:int|None # which of several
-    backbone_sha256:str # digest of the weights
+    source:Annotated[str, Meta(max_length=4096)] # where the weights are
+    k_shot:Shots|None # which of several
+    backbone_sha256:Sha256 # digest of the weights
     preprocessing:Preprocessing
     inner:Inner # rate and steps
     unknown:Calibration|None
@@ -232,13 +233,16 @@ def _read_saved(path):
     tensors, record = load(Path(path))
     require(record.get("kind") == "recognizer", f"{path} holds weights ('{record.get('kind')}') and no recogniser: "
             f"learn one on them first, in the shell with mtl learn FOLDER --weights {path}")
-    record = _convert(record, SavedRecord, path)
-    n, n_way, d = sum(record.counts), len(record.classes), tensors.get("support", torch.zeros(0, 0)).shape[-1]
+    record = checked(record, SavedRecord, path)
+    n, n_way, d = sum(record.counts), len(record.classes), [0, *tensors.get("support", torch.zeros(0)).shape][-1]
     expected = dict(support=(n, d), weight=(n_way, d), bias=(n_way,))
     good = {k: tuple(v.shape) for k, v in tensors.items()} == expected and len(record.counts) == n_way
-    require(good and all(v.isfinite().all() for v in tensors.values()), f"{path} is damaged: its tensors do not fit")
+    good = good and all(v.dtype == torch.float32 and v.isfinite().all() for v in tensors.values())
+    require(good, f"{path} is damaged: its tensors do not fit")
     require(record.classes == sorted({*record.classes}), f"{path} is damaged: its classes are not in order")
-    require(record.preprocessing.size <= 2048, f"{path} asks for pictures of {record.preprocessing.size} pixels a side")
+    try:
+        for name in record.classes: _check_name(name)
+    except BadInput as e: raise BadInput(f"{path} is damaged: {e}") from None
     return tensors, record
 
 def _digest(model):

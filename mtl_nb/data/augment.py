@@ -69,7 +69,7 @@ class AugmentConfig:
     jitter:float=0. # brightness, contrast and saturation vary by up to this fraction
     zoom:float=1. # the side of the crop is between this fraction of the image and all of it
     def __post_init__(self):
-        require(self.pad >= 0, f"augment: pad must be 0 or more pixels, got {self.pad}")
+        require(0 <= self.pad <= 2048, f"augment: pad must be from 0 to 2048 pixels, got {self.pad}")
         require(0 <= self.jitter <= 1, f"augment: jitter must be from 0 to 1, got {self.jitter}")
         require(.01 <= self.zoom <= 1, f"augment: zoom must be from 0.01 to 1, got {self.zoom}")
     def __call__(self,

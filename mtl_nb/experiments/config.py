@@ -6,8 +6,8 @@ Docs: https://mtl-nb.github.io/mtl_nb/experiments.config.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_TASKS', 'LEGACY', 'FULL', 'PRESETS', 'EVALUATION', 'PHASE1', 'FIXED', 'ExperimentConfig', 'flatten', 'nest',
-           'preset', 'explain', 'config_from_record', 'differing_fields', 'with_overrides', 'with_backbone',
-           'with_arch', 'compute_matched']
+           'preset', 'config_from_record', 'differing_fields', 'with_overrides', 'with_backbone', 'with_arch',
+           'compute_matched']
 
 # %% ../../nbs/37_experiments.config.ipynb #b88c71a9
 import hashlib
@@ -15,10 +15,11 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from math import ceil
+from operator import attrgetter
 
 import msgspec
 
-from ..core import BadInput, did_you_mean, require
+from ..core import BadInput, did_you_mean, explain, require
 from ..data.augment import AugmentConfig
 from ..data.bank import ImageBank
 from ..data.datasets import get_dataset
@@ -31,6 +32,8 @@ from ..train.pretrain import PretrainConfig
 
 # %% ../../nbs/37_experiments.config.ipynb #ef2fce8a
 MAX_TASKS = 10**6 # tasks in a list: more would only fill the memory
+_MOST = {"size": 2048, "way": 1000, "query": 10_000, "phase1.epochs": 100_000, "phase1.batch": 10**6,
+         "objective.rounds": 100, "phase2.tasks": 10**8, "phase2.batch": 10_000} # what is more would never end
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -65,6 +68,9 @@ class ExperimentConfig:
     def __post_init__(self):
         _check_tasks(self)
         _check_training(self)
+        for name, most in _MOST.items():
+            there = attrgetter(name)(self) or 0
+            require(there <= most, f"{name} must be at most {most:,}, got {there}")
     @property
     def fields(self) -> dict: # values as in JSON, by the names that `with_overrides` takes
         "All that it holds, its parts taken apart."
@@ -97,6 +103,7 @@ def _check_tasks(c):
     "Raise `BadInput` for an evaluation that cannot be, whatever the images; the parts check themselves."
     require(c.shots and all(map(_is_count, c.shots)) and len(set(c.shots)) == len(c.shots),
             f"shots must be different whole numbers, each at least 1, got {list(c.shots)}")
+    require(max(c.shots) <= 10_000, f"shots must be at most 10,000, got {max(c.shots)}")
     require(c.way >= 2, f"way must be at least 2, got {c.way}")
     require(c.query >= 1, f"query must be at least 1, got {c.query}")
     require(2 <= c.eval_tasks <= MAX_TASKS, f"eval_tasks must be from 2 to {MAX_TASKS:,}, got {c.eval_tasks}")
@@ -116,14 +123,15 @@ def _check_training(c):
     require(0 <= c.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {c.seed}")
     require(len(c.widths) == 4 and all(map(_is_count, c.widths)),
             f"widths must be four whole numbers, got {list(c.widths)}")
+    require(max(c.widths) <= 2**16, f"widths must be at most {2**16:,} each, got {list(c.widths)}")
     require(0 <= c.dropout < 1, f"dropout must be at least 0 and below 1, got {c.dropout}")
     require(not c.objective.dropblock or c.dropout,
             "objective.dropblock works at the rate of dropout: set dropout, too")
     require(c.order in (1, 2), f"order must be 1 or 2, got {c.order}")
     if c.inner is None: return
     rate, steps = c.inner
-    require(0 <= rate <= 1000 and type(steps) is int and steps >= 0,
-            f"inner must be a rate from 0 to 1000 and a whole number of steps, got {list(c.inner)}")
+    require(0 <= rate <= 1000 and type(steps) is int and 0 <= steps <= 10_000,
+            f"inner must be a rate from 0 to 1000 and a whole number of steps to 10,000, got {list(c.inner)}")
 
 # %% ../../nbs/37_experiments.config.ipynb #d929f030
 def flatten(
@@ -255,24 +263,11 @@ def _known(cls=ExperimentConfig, prefix=""):
         if f.name in parts: out += _known(parts[f.name], f"{prefix}{f.name}.")
     return out
 
-_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
-          "object": "named values"}
-
-def explain(
-    error:msgspec.ValidationError, # of `msgspec.convert`
-) -> str: # such as "rows[0].way: expected a whole number, got null"
-    "A schema's error in plain words: where it is, what was expected, what was found."
-    what, _, where = str(error).partition(" - at `$")
-    what = re.sub("`([^`]*)`", lambda m: " or ".join(_KINDS.get(o, o) for o in m[1].split(" | ")), what)
-    what = what.replace("Object missing required field", "there is no entry")
-    where = where.rstrip("`").lstrip(".")
-    return (f"{where}: " if where else "") + what[0].lower() + what[1:]
-
 def _convert(record):
     "An `ExperimentConfig` from nested values; raises `BadInput` for an unknown name or a value of another kind."
     known = _known()
-    for name in flatten(record):
-        require(name in known, f"a config has no '{name}'{did_you_mean(name, known, cutoff=.4)}")
+    odd = [name for name in flatten(record) if name not in known]
+    for name in odd: raise BadInput(f"a config has no '{name}'{did_you_mean(name, known, cutoff=.4)}")
     try: return msgspec.convert(record, ExperimentConfig)
     except msgspec.ValidationError as e:
         if isinstance(e.__cause__, BadInput): raise e.__cause__ from None
@@ -366,6 +361,8 @@ def compute_matched(
         epoch = whole/config.phase1.epochs
         require(any(spent) and epoch, "this record has no MTL row with its seconds, or no seconds of phase 1: "
                 "nothing to match")
+        require(max(spent) <= 1000*whole, f"phase 2 took {max(spent):,.0f} s in this record, phase 1 {whole:,.0f} s: "
+                "a phase 1 more than a thousand times as long is refused")
         longer = replace(config.phase1, epochs=config.phase1.epochs + ceil(max(spent)/epoch))
     except (KeyError, TypeError, AttributeError, ArithmeticError) as e:
         raise BadInput(f"the times in this record cannot be read ({type(e).__name__}: {e})") from None

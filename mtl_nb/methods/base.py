@@ -6,12 +6,13 @@ Docs: https://mtl-nb.github.io/mtl_nb/methods.base.html.md"""
 
 # %% auto #0
 __all__ = ['SCALE_LR', 'METHODS', 'support_shape', 'image_chunks', 'evaluate_images', 'get_inner', 'set_inner', 'trained',
-           'Method', 'register_method', 'get_method', 'recorded_label', 'parse_methods', 'check_tta', 'load_model']
+           'Method', 'register_method', 'get_method', 'recorded_label', 'recorded_method', 'parse_methods', 'check_tta',
+           'check_inner', 'load_model']
 
 # %% ../../nbs/31_methods.base.ipynb #8e8104cc
 import re
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import did_you_mean, discover, require
+from ..core import BadInput, did_you_mean, discover, require
 from ..data.bank import ImageBank
 from ..data.episodes import TaskSampler, TaskShape
 from ..data.hard_tasks import HardTaskSampler
@@ -331,6 +332,15 @@ def recorded_label(
     found = _by_name().get(name)
     return found.label if found else name
 
+def recorded_method(
+    name:str, # in a record
+    path:Path, # of the file, for the message
+) -> Method: # raises `BadInput` for one that nothing has registered
+    "The method that a file is about."
+    try: return get_method(name)
+    except BadInput: raise BadInput(f"{path}: no method '{name[:60]}' is known here: if it is one of your own, "
+                                    "give the file that registers it with --plugin") from None
+
 # %% ../../nbs/31_methods.base.ipynb #82cdd296
 def parse_methods(
     text:str, # names or slugs with commas between; also groups, such as "table1" and "others", and "none"
@@ -354,6 +364,34 @@ def check_tta(
             f"leave out {', '.join(odd)}, or ask for none of the four")
 
 # %% ../../nbs/31_methods.base.ipynb #3398f70b
+def _model_of(method, net, centre, record, classes):
+    "A method's model for a backbone, with a fresh head on the same device."
+    d:Any = net.num_features
+    base = BaseLearner(d, record["way"]).to(next(net.parameters()).device)
+    return method.build(net, base, centre, record.get("size", 0), classes)
+
+def _shapes(method, net, centre, *more):
+    "What the outer loop trains, without its content: nothing is allocated, whatever the record asks for."
+    centre = None if centre is None else centre.to("meta")
+    try:
+        with torch.device("meta"): return trained(_model_of(method, deepcopy(net).to("meta"), centre, *more))
+    except (NotImplementedError, RuntimeError): return {} # a method that needs its numbers
+
+def check_inner(
+    record:dict, # of weights, or a row of results
+    method:Method, # whose they are
+    path:Path, # where they are, for the message
+) -> None: # raises `BadInput` unless it has rate and steps, if the method has an inner loop
+    "A head that does not adapt predicts by chance: is there an inner loop where there should be one?"
+    lr, steps = record.get("lr"), record.get("steps")
+    adapts = lr is not None and steps and (lr > 0 or 0. in method.inner_rates)
+    require(adapts or method.inner_rates[0] is None,
+            f"{path} is damaged: '{method.label}' has an inner loop, and there it has lr {lr} and steps {steps}")
+
+def _check_fit(tensors, needed, method, path):
+    why = misfit(tensors, needed) if needed else ""
+    require(not why, f"{path} does not hold exactly the tensors that '{method.label}' trains: {why}")
+
 def load_model(
     path:Path, # such as `mtl-1shot.safetensors` or `tadam-5shot.safetensors`, with its backbone's file beside it
     device:torch.device=torch.device("cpu"),
@@ -361,17 +399,12 @@ def load_model(
     "A meta-trained model of any method from disk."
     tensors, record = load(path, "mtl")
     net, centre, phase1 = load_backbone(backbone_path(path, record), device)
-    way, lr, steps = record.get("way"), record.get("lr"), record.get("steps")
-    require(type(way) is int and way >= 2 and _is_number(lr) and _is_number(steps),
-            f"{path} is damaged: its record has way {way}, lr {lr} and steps {steps}")
-    method = get_method(record.get("method") or ("MTL + HT" if record.get("hard") else "MTL"))
-    d:Any = net.num_features
-    base = BaseLearner(d, record["way"]).to(device)
-    model = method.build(net, base, centre, record.get("size", 0), len(phase1.get("classes", ".")))
-    why = misfit(tensors, trained(model))
-    require(not why, f"{path} does not hold exactly the tensors that '{method.label}' trains: {why}")
+    method = recorded_method(record.get("method") or ("MTL + HT" if record.get("hard") else "MTL"), path)
+    check_inner(record, method, path)
+    parts = method, net, centre, record, len(phase1.get("classes", "."))
+    _check_fit(tensors, _shapes(*parts), method, path)
+    model = _model_of(*parts)
+    _check_fit(tensors, trained(model), method, path)
     model.load_state_dict(tensors, strict=False)
-    set_inner(model, lr, steps)
+    set_inner(model, record["lr"], record["steps"])
     return method, model.requires_grad_(False), record
-
-def _is_number(x): return x is None or type(x) in (int, float) and 0 <= x < float("inf")

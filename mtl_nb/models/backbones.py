@@ -7,7 +7,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/models.backbones.html.md"""
 # %% auto #0
 __all__ = ['BACKBONES', 'FAMILIES', 'register_backbone', 'register_family', 'backbone_names', 'check_backbone', 'Pretrained',
            'without_classifier', 'torchvision_backbone', 'timm_backbone', 'is_pretrained', 'build_backbone',
-           'preprocessing_of']
+           'backbone_tensors', 'preprocessing_of']
 
 # %% ../../nbs/25_models.backbones.ipynb #a0000003
 import inspect
@@ -241,12 +241,8 @@ def is_pretrained(
     "Does this network come with weights of its own?"
     return "pretrained" in inspect.signature(_maker(arch)).parameters
 
-def build_backbone(
-    arch:str, # a registered name, or FAMILY/NAME
-    # `widths`, `dropout`, `size`, `seed`, `pretrained`: each is passed on if the network's maker has such a parameter
-    **options,
-) -> nn.Module: # raises `BadInput` for an unknown name, and for a network that does not keep the contract
-    "A backbone at its initial weights, checked."
+def _make(arch, options):
+    "A backbone at its initial weights."
     make = _maker(arch)
     takes = inspect.signature(make).parameters.values()
     for o in takes:
@@ -254,13 +250,31 @@ def build_backbone(
         require(not needed or o.name in options, f"backbone '{arch}': its parameter '{o.name}' needs a default value")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.get("seed") or 0)
-        net:Any = make(**{o.name: options[o.name] for o in takes if o.name in options})
+        return make(**{o.name: options[o.name] for o in takes if o.name in options})
+
+def build_backbone(
+    arch:str, # a registered name, or FAMILY/NAME
+    # `widths`, `dropout`, `size`, `seed`, `pretrained`: each is passed on if the network's maker has such a parameter
+    **options,
+) -> nn.Module: # raises `BadInput` for an unknown name, and for a network that does not keep the contract
+    "A backbone at its initial weights, checked."
+    net:Any = _make(arch, options)
     size = options.get("size")
     if isinstance(net, Pretrained):
         net.set_preprocessing(net.preprocessing.at(size or None))
         size = net.preprocessing.size
     check_backbone(net, size or 32, f"backbone '{arch}'")
     return net
+
+def backbone_tensors(
+    arch:str, # a registered name, or FAMILY/NAME
+    **options, # as for `build_backbone`
+) -> dict[str,Tensor]: # by name; empty for a network that cannot be made without memory; raises `BadInput`
+    "The tensors of a backbone without their content: nothing is allocated, however large it is."
+    try:
+        with torch.device("meta"): return _make(arch, options).state_dict()
+    except BadInput: raise
+    except Exception: return {} # whatever a network of another library does not find on this device
 
 def preprocessing_of(
     arch:str, # a registered name, or FAMILY/NAME

@@ -320,7 +320,7 @@ def test_backbones_of_this_version_and_of_the_first(path):
 @pytest.mark.parametrize("change,says", [
     (dict(arch="resnet21"), r"no backbone 'resnet21' \(did you mean resnet12"),
     (dict(widths=[4, 4, 4, 4]), "does not hold"),
-    (dict(widths=3), "does not hold the network that its record describes"), (dict(widths=[]), "does not hold"),
+    (dict(widths=3), "widths: expected a list, got a whole number"), (dict(widths=[]), "does not hold"),
 ], ids=str)
 def test_backbones_that_do_not_fit_their_record(path, change, says):
     record = dict(kind="backbone", arch="resnet12", widths=[4, 4, 4, 8]) | change
@@ -328,8 +328,8 @@ def test_backbones_that_do_not_fit_their_record(path, change, says):
     rejected(lambda: load_backbone(path), says)
 
 def test_a_model_without_its_backbone(tmp_path):
-    record = dict(way=5, lr=.1, steps=5, backbone="b.safetensors", backbone_sha256="0")
-    rejected(lambda: backbone_path(tmp_path/"m", {}), "lacks way, lr, steps, backbone, backbone_sha256")
+    record = dict(way=5, shot=1, lr=.1, steps=5, backbone="b.safetensors", backbone_sha256="0")
+    rejected(lambda: backbone_path(tmp_path/"m", {}), "lacks way, shot, lr, steps, backbone, backbone_sha256")
     rejected(lambda: backbone_path(tmp_path/"m", record), "needs its backbone 'b.safetensors' beside it")
     (tmp_path/"b.safetensors").write_bytes(b"x")
     rejected(lambda: backbone_path(tmp_path/"m", record), "is not the backbone that m was trained on")

@@ -201,7 +201,7 @@ def test_damaged_folders(copied):
     one_line(lambda: load_weights(copied, "MTL", 1), "is not the backbone that model.mtl-1shot.safetensors")
     one_line(lambda: from_pretrained(copied), "no 'MTL' at 5-shot")
     (copied/"config.json").write_text("{}")
-    one_line(lambda: from_pretrained(copied), "names no headline")
+    one_line(lambda: from_pretrained(copied), "there is no entry headline")
     save(theta, {}, dict(kind="backbone", learned=3))
     one_line(lambda: load(theta, "backbone"), "damaged")
     theta.unlink()
