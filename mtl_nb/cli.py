@@ -451,7 +451,7 @@ def _say_json(found, **how):
 def _print_results(results, as_json):
     from mtl_nb.experiments.records import results_table
     if as_json: _say_json(_without_answers(results), indent=1)
-    else: say(f"\n{results_table(results)}")
+    else: say("\n".join(["", results_table(results), *(f"note: {o}" for o in results.get("notes", ()))]))
 
 def _same_images(banks, record):
     digests = {k: bank.digest for k, bank in banks.items()}
@@ -676,7 +676,7 @@ def _evaluate_models(models, bank, options, tta):
         label, shape = method.label, TaskShape(record["way"], record["shot"], options.query)
         shape.check(bank, f"'{options.split}'")
         if method.eval_limit < options.tasks:
-            LOG.info(f"{label}, {shape.k_shot}-shot takes long: on the first {method.eval_limit} tasks only")
+            LOG.info(f"{label}, {shape.k_shot}-shot takes long: on the first {method.eval_limit:,} tasks only")
         protocol = Protocol("standard", shape, options.tasks, seed=options.seed)
         result = method.evaluate(model, bank, [protocol], options.split, tta=tta)[0]
         rows.append(make_row(label, result, options.seed, baselines.get(shape.k_shot)))
@@ -693,6 +693,7 @@ def mtl_test(
     from mtl_nb.data.bank import find_duplicates
     from mtl_nb.evaluation.meta_test import check_unseen, seen_elsewhere
     from mtl_nb.evaluation.tta import TTA
+    from mtl_nb.experiments.run import chance_note
     from mtl_nb.hub import find_weights
     from mtl_nb.train.checkpoints import recorded_preprocessing
     (data, name), device = _data_name(options, "glyphs"), find_device(options.device)
@@ -717,6 +718,7 @@ def mtl_test(
     require(side >= 16, f"images of {side} pixels are too small: ResNet-12 needs 16; set --size")
     results = dict(rows=_evaluate_models(models, bank, options, tta), data=dict(name=name),
                    recipe=asdict(config) if config else {})
+    if note := chance_note(results["rows"]): results["notes"] = [note]
     if any(found.values()): results["duplicates"] = {k: v for k, v in found.items() if v}
     _print_results(results, options.json)
 

@@ -6,8 +6,9 @@ Docs: https://mtl-nb.github.io/mtl_nb/core.html.md"""
 
 # %% auto #0
 __all__ = ['SCHEMA', 'Name', 'FileName', 'Sha256', 'Seconds', 'Share', 'Way', 'Shots', 'Rate', 'Steps', 'Side', 'BadInput',
-           'require', 'did_you_mean', 'as_utf8', 'file_name', 'printable', 'escaped', 'say', 'discover', 'atomic_write',
-           'sha256', 'has_checksum', 'write_json', 'check_schema', 'parse_json', 'read_json', 'explain', 'checked']
+           'Diverged', 'require', 'did_you_mean', 'as_utf8', 'file_name', 'printable', 'escaped', 'say', 'discover',
+           'atomic_write', 'sha256', 'has_checksum', 'write_json', 'check_schema', 'parse_json', 'read_json', 'explain',
+           'checked']
 
 # %% ../nbs/81_core.ipynb #a0000003
 import hashlib
@@ -31,6 +32,9 @@ from msgspec import Meta
 # %% ../nbs/81_core.ipynb #3cf799f3
 class BadInput(ValueError):
     "Something the user gave cannot be used. The message is one line, in the user's words: what, where, what to do."
+
+class Diverged(BadInput):
+    "Numbers that training needs are no longer finite. What is on disk is the last good state."
 
 # %% ../nbs/81_core.ipynb #a0000010
 def require(

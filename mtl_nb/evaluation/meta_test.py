@@ -12,6 +12,7 @@ __all__ = ['check_unseen', 'pack_hashes', 'unpack_hashes', 'seen_pictures', 'see
 import base64
 import re
 from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..core import BadInput, require
 from ..data.bank import ImageBank
 from ..data.episodes import TaskShape
-from .exam import Exam, evaluate_path, features, make_exam
+from .exam import MAX_TASKS, Exam, check_finite, evaluate_path, features, make_exam
 from .stats import mean_ci
 from ..train.distributed import ALONE, Team
 from ..train.meta_train import MTL
@@ -83,9 +84,10 @@ class Protocol:
     mirrored:bool=False # do the support images' mirror images join the support set?
     seed:int=0 # of the task list
     def __post_init__(self):
-        require(self.tasks >= 2, f"an evaluation needs at least 2 tasks, got {self.tasks}")
-        require((self.lr or 0) >= 0 and (self.steps or 0) >= 0,
-                f"inner rate and steps must not be negative, got {self.lr} and {self.steps}")
+        require(2 <= self.tasks <= MAX_TASKS,
+                f"an evaluation needs at least 2 tasks and at most {MAX_TASKS:,}, got {self.tasks}")
+        require(0 <= (self.lr or 0) < inf and (self.steps or 0) >= 0,
+                f"inner rate and steps must be finite and not negative, got {self.lr} and {self.steps}")
 
 # %% ../../nbs/11_evaluation.meta_test.ipynb #3212edda
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def meta_test(
     team:Team=ALONE, # the processes that share images and tasks
     # [c,n,D] `augmented_features(model.embed, bank, ...)` to join the support set; for the protocol `standard` alone
     extra:Tensor|None=None,
-) -> Result: # raises `BadInput` when this model or these images do not fit the protocol
+) -> Result: # raises `BadInput` when this model or these images do not fit the protocol, or the inner loop diverges
     "Embed each image once, then adapt the head to each task and count its right predictions."
     model.eval()
     exam = make_exam(bank, protocol.shape, protocol.seed, protocol.tasks, split)
@@ -136,6 +138,7 @@ def meta_test(
     if feats is None: feats = features(model.embed, bank, device=device, team=team)
     if protocol.mirrored: extra = features(model.embed, bank, mirror=True, device=device, team=team)
     correct = evaluate_path(feats, exam, model.base, lr, [steps], extra, team=team)[0]
+    check_finite(correct, lr, steps)
     return Result(exam, correct, protocol, lr, steps)
 
 # %% ../../nbs/11_evaluation.meta_test.ipynb #7e6a47c8

@@ -257,10 +257,9 @@ _FINGERPRINTS = {
 SPLITS = {name: split for split, names in _FINGERPRINTS.items() for name in names.split()}
 
 @lru_cache(32)
-def _class_lists(classes, images, way, shot, query): # int64 [10000,N]
-    groups = list(torch.arange(classes*images).split(images))
-    tasks = sample_tasks(groups, 10_000, TaskShape(way, shot, query), torch.Generator().manual_seed(0))
-    return tasks[:, :, 0]//images
+def _class_lists(classes, images, shape, tasks): # int64 [tasks,N]
+    groups, g = list(torch.arange(classes*images).split(images)), torch.Generator().manual_seed(0)
+    return torch.cat([sample_tasks(groups, 1000, shape, g)[:, :, 0]//images for _ in range(0, tasks, 1000)])
 
 def classes_of(
     row:dict, # of a record
@@ -269,7 +268,8 @@ def classes_of(
     known = row["exam"] in SPLITS
     require(known, f"{row.get('file', 'a record')}: the classes of exam {row['exam']} are not known")
     classes, images = SPLITS[row["exam"]]
-    return _class_lists(classes, images, row["way"], row["shot"], row["query"])[:row["tasks"]], classes
+    shape = TaskShape(row["way"], row["shot"], row["query"])
+    return _class_lists(classes, images, shape, max(row["tasks"], 10_000))[:row["tasks"]], classes
 
 # %% ../../nbs/41_experiments.compare.ipynb #d2352148
 def by_classes(

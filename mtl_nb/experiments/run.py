@@ -6,7 +6,7 @@ Docs: https://mtl-nb.github.io/mtl_nb/experiments.run.html.md"""
 
 # %% auto #0
 __all__ = ['LOG', 'BLUE', 'RED', 'GREY', 'Experiment', 'prepare', 'save_backbone', 'pretrain', 'EarlyStopping', 'meta_train',
-           'LinearHead', 'evaluate', 'plot_curves', 'finish', 'run']
+           'LinearHead', 'evaluate', 'plot_curves', 'finish', 'chance_note', 'run']
 
 # %% ../../nbs/39_experiments.run.ipynb #cd141c78
 import io
@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..core import atomic_write, read_json, require, say, sha256, write_json
+from ..core import Diverged, atomic_write, read_json, require, say, sha256, write_json
 from ..data.bank import ImageBank, find_duplicates
 from ..data.episodes import TaskShape
-from ..evaluation.exam import evaluate as evaluate_features
-from ..evaluation.exam import features, make_exam
+from ..evaluation.exam import evaluate_path, features, make_exam, mean_accuracy
 from ..evaluation.exam import tune as tune_features
 from ..evaluation.meta_test import Protocol, Result, check_unseen, meta_test, pack_hashes, paper_protocol
 from ..evaluation.meta_test import seen_elsewhere, seen_pictures, unpack_hashes
@@ -42,7 +41,7 @@ from ..models.base_learner import BaseLearner
 from ..models.heads import Classifier
 from ..train.checkpoints import RunFolder, content_digest, load, load_backbone, save, trained_size
 from ..train.distributed import Runtime, Team
-from ..train.meta_train import MTL, meta_state
+from ..train.meta_train import MTL, check_training, meta_state
 from ..train.objectives import ObjectiveConfig, make_objective, use_dropblock
 from ..train.pretrain import pretrain as pretrain_epochs
 from ..train.pretrain import kept_weights, pretrain_state
@@ -72,6 +71,7 @@ class Experiment:
     on_record:Callable[[dict],None]|None=None # called with each record of training
     seconds:dict[str,float]=field(default_factory=lambda: dict(pretrain=0., meta_train=0., meta_test=0.)) # by phase
     notes:list[str]=field(default_factory=list) # what whoever reads the results should know
+    left_out:set[tuple[str,int]]=field(default_factory=set) # methods that diverged, with K
     duplicates:dict=field(default_factory=dict) # pictures that are there twice, as `find_duplicates` gives them
     @property
     def device(self) -> torch.device: return self.runtime.device
@@ -102,6 +102,21 @@ class Experiment:
         "Report progress through the logger `mtl_nb`; of several processes only the first does."
         if self.team.rank == 0: LOG.info(message)
 
+    def note(self,
+        text:str, # one line
+    ) -> None:
+        "Warn, and put the warning beside the results."
+        self.notes.append(text)
+        if self.team.rank == 0: LOG.warning(text)
+    def leave_out(self,
+        method:Method,
+        k_shot:int, # K
+        why:Diverged,
+    ) -> None:
+        "Go on without a method that has diverged."
+        self.left_out.add((method.label, k_shot))
+        self.note(f"{method.label}, {k_shot}-shot, is left out: {why}")
+
 class _Clock:
     "Seconds of work, with those before an interruption."
     def __init__(self, before=0.): self.before, self.began = before, time.perf_counter()
@@ -127,6 +142,7 @@ def _check(config, banks, has_phase1):
     labels = [get_method(o).label for o in config.methods]
     require(len(set(labels)) == len(labels), f"the methods must be different ones, got {', '.join(config.methods)}")
     check_tta(config.tta, config.methods)
+    for o in config.methods: get_method(o).config(config.phase2) # its learning rate is checked
     for o in ("val", split, *(["train"] if config.tta.whitening else [])): config.augmentation().check(banks[o])
     high, wide = banks["train"].x.shape[2:]
     require(not (has_phase1 and config.objective.rotation) or high == wide, "rotation prediction needs square images, "
@@ -233,8 +249,9 @@ def _validate_backbone(job, net):
     feats = features(net, job.banks["val"], device=job.device, team=job.team)
     shape = job.shape(job.config.shots[0])
     head = BaseLearner(net.num_features, shape.n_way, 0.03, 50).to(job.device)
-    correct = evaluate_features(feats, make_exam(job.banks["val"], shape, 1, 500), head, team=job.team)
-    return correct.double().mean().item()/(shape.n_way*shape.n_query)
+    exam = make_exam(job.banks["val"], shape, 1, 500)
+    correct = evaluate_path(feats, exam, head, head.lr, [head.steps], team=job.team)[0]
+    return max(0., mean_accuracy(correct, exam).item())
 
 def _better(best, record, model):
     "The better of the best check so far and this one, with its weights."
@@ -280,11 +297,15 @@ def save_backbone(
     runtime:Runtime=Runtime(), # where Θ is
     met:Sequence[str]=(), # further classes that Θ was trained on, elsewhere
     seen:Tensor|None=None, # int64 [n] hashes of further pictures likewise
-) -> None:
+) -> None: # raises `Diverged`, and writes nothing, when a number is not finite
     "Save Θ and, if features are to be centred, the mean feature of the base classes."
     tensors = dict(net.eval().state_dict())
     if config.centred:
         tensors["centre"] = features(net, base.first(50), device=runtime.device, team=runtime.team).mean(0)
+    if odd := [k for k, v in tensors.items() if not v.isfinite().all()]:
+        what = "its features" if odd == ["centre"] else odd[0]
+        raise Diverged(f"the backbone cannot be used: {what} are not finite, as after a phase 1 that diverged: "
+                       f"lower phase1.lr ({config.phase1.lr:g})")
     record = dict(kind="backbone", arch=config.arch, widths=list(config.widths), dropout=config.dropout,
                   classes=base.names, seconds=seconds, recipe=config.digest(), training=config.training, met=list(met))
     if side := getattr(net, "size", 0): record["size"] = side # of a network made for images of one size
@@ -409,6 +430,7 @@ def _train(run):
         bar.update(record["tasks"] - bar.n)
         checked = stop.is_due(state.done)
         if checked:
+            check_training(state, run.cfg)
             record["val"] = run.validate()
             run.model.train()
             stop.update(state.done, record["val"], run.model)
@@ -436,21 +458,26 @@ def _save_trained(run):
     save(job.weights_file(method, run.k_shot), best["tensors"], record)
     job.folder.save_state(run.name, done=True)
 
+def _meta_train_method(job, method, k_shot, inner, saved):
+    "Phase 2 of one method, begun or resumed."
+    training = _Training(job, method, k_shot, inner)
+    training.resume(saved)
+    _train(training)
+    _save_trained(training)
+
 def meta_train(
     job:Experiment, # after `pretrain`
     k_shot:int, # K
     inner:tuple[float,int], # rate and steps of the inner loop in training
 ) -> None: # leaves `mtl-1shot.safetensors` and the like
-    "Stage 3: phase 2 for one number of shots, begun or resumed, for every method that has an outer loop."
+    "Stage 3: phase 2 for one number of shots, for every method that has an outer loop; one that diverges is left out."
     for method in map(get_method, job.config.methods):
         if not method.meta: continue
         file, saved = job.weights_file(method, k_shot), job.folder.load_state(method.file_stem(k_shot))
-        if not file.exists():
-            training = _Training(job, method, k_shot, inner)
-            training.resume(saved or {})
-            _train(training)
-            _save_trained(training)
-        job.seconds["meta_train"] += load(file, "mtl")[1]["seconds"]
+        try:
+            if not file.exists(): _meta_train_method(job, method, k_shot, inner, saved or {})
+        except Diverged as e: job.leave_out(method, k_shot, e)
+        else: job.seconds["meta_train"] += load(file, "mtl")[1]["seconds"]
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0011
 def _notes(config, record, data, split):
@@ -465,8 +492,8 @@ class LinearHead:
     ):
         self.job, split = job, job.config.eval_split
         self.net, self.centre, record = load_backbone(job.backbone_file, job.device)
-        job.seconds["pretrain"], job.notes = record["seconds"], _notes(job.config, record, job.data["name"], split)
-        for note in job.notes: LOG.warning(note)
+        job.seconds["pretrain"] = record["seconds"]
+        for note in _notes(job.config, record, job.data["name"], split): job.note(note)
         self.tta, plain = job.config.augmentation(job.banks["train"]), MTL(self.net, self.base(), self.centre)
         white = self.tta.whitening_matrix(plain, job.team)
         self.feats = {s: self.tta.embed(plain, job.banks[s], job.team, white) for s in dict.fromkeys(("val", split))}
@@ -509,6 +536,8 @@ def _evaluate_method(job, method, k_shot, baseline, inner, results):
         model = method.build(baseline.net, baseline.base(*inner), baseline.centre)
         select = make_exam(job.banks["val"], job.shape(k_shot), 1, config.select_tasks)
         method.tune(model, job.banks["val"], select, job.team, baseline.tta)
+    if method.eval_limit < config.eval_tasks:
+        job.say(f"{method.label}, {k_shot}-shot takes long: it is evaluated on the first {method.eval_limit:,} tasks")
     protocols, bank = [r.protocol for r in results.values()], job.banks[config.eval_split]
     own = method.evaluate(model, bank, protocols, config.eval_split, job.team, baseline.tta)
     return [make_row(method.label, r, config.seed, results[r.protocol.name], **spent) for r in own]
@@ -528,11 +557,14 @@ def evaluate(
     results = {p.name: baseline.evaluate(p, inner) for p in protocols}
     rows = [make_row(config.head_label, r, config.seed) for r in results.values()]
     for method in map(get_method, config.methods):
-        if method.label not in saved["rows"]:
-            saved["rows"][method.label] = _evaluate_method(job, method, k_shot, baseline, inner, results)
-            job.folder.save_state(state, rows=saved["rows"], seconds=clock.seconds)
-            job.runtime.check_deadline()
-        rows += saved["rows"][method.label]
+        if (method.label, k_shot) in job.left_out: continue
+        try:
+            if method.label not in saved["rows"]:
+                saved["rows"][method.label] = _evaluate_method(job, method, k_shot, baseline, inner, results)
+                job.folder.save_state(state, rows=saved["rows"], seconds=clock.seconds)
+                job.runtime.check_deadline()
+            rows += saved["rows"][method.label]
+        except Diverged as e: job.leave_out(method, k_shot, e)
     job.seconds["meta_test"] += clock.seconds
     return rows
 
@@ -620,6 +652,16 @@ def _finished(job):
     return results
 
 # %% ../../nbs/39_experiments.run.ipynb #cd33314b
+def chance_note(
+    rows:list[dict], # of the results
+    log:Sequence[dict]=(), # the records of training
+) -> str: # a sentence; empty when some row is better than guessing, or worse
+    "What to say of results none of which can be told from guessing."
+    if any(abs(r["accuracy"] - 100/r["way"]) > r["ci95"] + .001 for r in rows): return ""
+    losses = [o["loss"] for o in log if o["phase"] == 1]
+    ended = f"; phase 1 ended at a loss of {losses[-1]:.3g}: if it did not fall, lower phase1.lr" if losses else ""
+    return f"every row is at chance, {100/rows[0]['way']:.0f} %, within its interval{ended}"
+
 def run(
     config:ExperimentConfig,
     banks:dict[str,ImageBank], # train, val and, unless the evaluation is on val, test
@@ -638,4 +680,5 @@ def run(
         inner = baseline.tune(k_shot)
         meta_train(job, k_shot, job.config.inner or inner)
         rows += evaluate(job, baseline, k_shot, inner)
+    if note := chance_note(rows, job.folder.log): job.note(note)
     return finish(job, rows)

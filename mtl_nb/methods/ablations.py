@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from ..core import require
 from ..data.bank import ImageBank
 from ..data.episodes import TaskShape
-from ..evaluation.exam import RATES, STEPS, Exam, evaluate_path
+from ..evaluation.exam import RATES, STEPS, Exam, count_right, evaluate_path
 from .base import Method, image_chunks, register_method, support_shape
 from ..models.base_learner import BaseLearner
 from ..models.scale_shift import scale_shift
@@ -130,7 +130,7 @@ def task_features(
     for x in image_chunks(bank, exam, chunk, mirrored, device, team):
         parts.append(torch.cat([model.embed_tasks(x[:, :, :k]), model.embed_tasks(x[:, :, k:])], 2))
     f = team.all_gather(torch.cat(parts), len(exam))
-    return f.flatten(0, 2), replace(exam, shape=shape, idx=torch.arange(f.shape[:3].numel()).view(-1, n, m))
+    return f.flatten(0, 2), replace(exam, shape=shape, more=0, idx=torch.arange(f.shape[:3].numel()).view(-1, n, m))
 
 # %% ../../nbs/32_methods.ablations.ipynb #49b2b31a
 class _Whole(nn.Module):
@@ -161,7 +161,7 @@ def finetune(
     chunk:int=10, # tasks at a time, each with a copy of all weights
     mirrored:bool=False, # do the support images' mirror images join the support set?
     team:Team=ALONE, # the processes that share the tasks
-) -> Tensor: # int64 [len(steps),T] right predictions in each task
+) -> Tensor: # int64 [len(steps),T] right predictions in each task; -1 where a logit is not finite
     "`update [Θ;θ]`: gradient descent of all weights and the head on each task's support loss."
     if list(steps) != sorted(steps): raise ValueError(f"inner steps must ascend, got {list(steps)}")
     whole, shape, device = _Whole(model), support_shape(exam, mirrored), model.base.weight.device
@@ -174,7 +174,7 @@ def finetune(
         for stop in steps:
             for _ in range(stop - done): p = step(p, support, ys)
             done = stop
-            right.append((predict(p, query).argmax(-1) == yq).sum(1))
+            right.append(count_right(predict(p, query), yq))
         out.append(torch.stack(right, 1))
     return team.all_gather(torch.cat(out), len(exam)).T.cpu()
 

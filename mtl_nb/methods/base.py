@@ -24,7 +24,8 @@ from ..core import BadInput, did_you_mean, discover, require
 from ..data.bank import ImageBank
 from ..data.episodes import TaskSampler, TaskShape
 from ..data.hard_tasks import HardTaskSampler
-from ..evaluation.exam import Exam, augmented_features, evaluate_head, evaluate_path, features, make_exam
+from ..evaluation.exam import MAX_TASKS, Exam, augmented_features, best_setting, check_finite, count_right
+from ..evaluation.exam import evaluate_head, evaluate_path, features, make_exam, mean_accuracy
 from ..evaluation.meta_test import Protocol, Result, check_way
 from ..evaluation.tta import TTA, TTAConfig
 from ..models.base_learner import BaseLearner
@@ -50,9 +51,9 @@ def image_chunks(
 ) -> Iterator[Tensor]: # [E,N,K+Q,C,H,W], of this process's tasks
     "The images of an exam, a few tasks at a time."
     k = exam.shape.k_shot
-    for idx in exam.idx[team.shard(len(exam))].split(chunk):
+    for idx in exam.chunks(chunk, team):
         x = bank.take(idx).to(device)
-        if len(idx): yield torch.cat([x[:, :, :k], x[:, :, :k].flip(-1), x[:, :, k:]], 2) if mirrored else x
+        yield torch.cat([x[:, :, :k], x[:, :, :k].flip(-1), x[:, :, k:]], 2) if mirrored else x
 
 @torch.no_grad()
 def evaluate_images(
@@ -64,13 +65,13 @@ def evaluate_images(
     team:Team=ALONE, # the processes that share the tasks
     # called in the model's place; may give A predictions for each task: `(images, shape) -> [A,E,N*Q,N]`
     call:Callable|None=None,
-) -> Tensor: # int64 [T] right predictions in each task, or [A,T]
+) -> Tensor: # int64 [T] right predictions in each task, or [A,T]; -1 where a logit is not finite
     "Evaluate on images, task by task, where features cannot be computed once for all tasks."
     device, predict = model.eval().base.weight.device, call or model
     yq, shape = exam.shape.labels(exam.shape.n_query).to(device), support_shape(exam, mirrored)
     def count(tasks, team):
         chunks = image_chunks(bank, tasks, chunk, mirrored, device, team)
-        return [(predict(x, shape).argmax(-1) == yq).sum(-1).movedim(-1, 0) for x in chunks]
+        return [count_right(predict(x, shape), yq).movedim(-1, 0) for x in chunks]
     out = count(exam, team)
     if not out: out = [count(exam.first(1), ALONE)[0][:0]] # no tasks for this process: nothing, in the right shape
     return team.all_gather(torch.cat(out), len(exam)).movedim(0, -1).cpu()
@@ -90,10 +91,10 @@ class _BankWithCopies:
 def _with_copies(bank, exam, tta):
     "The bank with augmented copies of its images, and the exam with these copies in its support sets."
     copies = augmented_features(lambda x: x.flatten(1), bank, tta.config.support_copies, tta.augment).cpu()
-    k, count = exam.shape.k_shot, len(copies) + 1
-    support = [exam.idx[:, :, :k] + c*len(bank) for c in range(count)]
-    idx = torch.cat([*support, exam.idx[:, :, k:]], 2)
-    return _BankWithCopies(bank, copies), replace(exam, idx=idx, shape=replace(exam.shape, k_shot=k*count))
+    k, count, tasks = exam.shape.k_shot, len(copies) + 1, torch.cat([*exam.chunks(1000)])
+    support = [tasks[:, :, :k] + c*len(bank) for c in range(count)]
+    idx = torch.cat([*support, tasks[:, :, k:]], 2)
+    return _BankWithCopies(bank, copies), replace(exam, idx=idx, more=0, shape=replace(exam.shape, k_shot=k*count))
 
 # %% ../../nbs/31_methods.base.ipynb #b063e535
 def get_inner(
@@ -133,8 +134,8 @@ class Method:
     caches_features:bool = True # does an image have one feature vector, whatever its task?
     inner_rates:tuple = (None,) # rates of its inner loop to choose from on val; None: it has no inner loop
     inner_steps:tuple = (None,) # numbers of inner steps to choose from, ascending
-    select_limit:int = 10_000 # tasks of the `select` list that it is validated and tuned on
-    eval_limit:int = 10_000 # tasks that it is evaluated on
+    select_limit:int = MAX_TASKS # tasks of the `select` list that it is validated and tuned on
+    eval_limit:int = MAX_TASKS # tasks that it is evaluated on
     def __init__(self,
         **fields, # to be set otherwise than in the class
     ):
@@ -228,22 +229,24 @@ class Method:
         bank:ImageBank, # val
         exam:Exam, # the `select` list
         team:Team=ALONE, # the processes that share the work
-    ) -> float: # accuracy at the inner rate and steps that the model has
+    ) -> float: # accuracy at the inner rate and steps that the model has; raises `Diverged`
         "A validation check during training."
         exam, (lr, steps) = exam.first(self.select_limit), get_inner(model)
-        return _accuracy(self.count_correct(model, bank, exam, (lr,), (steps,), False, team), exam).item()
+        correct = self.count_correct(model, bank, exam, (lr,), (steps,), False, team)[0, 0]
+        check_finite(correct, lr, steps)
+        return mean_accuracy(correct, exam).item()
     def tune(self,
         model:MTL, # this method's; its inner rate and steps are set
         bank:ImageBank, # val
         exam:Exam, # the `select` list
         team:Team=ALONE, # the processes that share the work
         tta:TTA=TTA(), # as for `evaluate`
-    ) -> float: # the best accuracy
+    ) -> float: # the best accuracy; raises `Diverged` when no setting gives finite logits
         "Choose the inner rate and the number of inner steps on val, if there is a choice."
         exam = exam.first(self.select_limit)
         counts = self.count_correct(model, bank, exam, self.inner_rates, self.inner_steps, False, team, tta)
-        table = _accuracy(counts, exam)
-        rate, step = divmod(table.argmax().item(), len(self.inner_steps))
+        table = mean_accuracy(counts, exam)
+        rate, step = divmod(best_setting(table), len(self.inner_steps))
         set_inner(model, self.inner_rates[rate], self.inner_steps[step])
         return table.max().item()
     def evaluate(self,
@@ -267,11 +270,9 @@ class Method:
             inner:list[Any] = [a if None in (a, b) else b for a, b in zip(own, (p.lr, p.steps))]
             lr, steps = inner
             correct = self.count_correct(model, bank, exam, (lr,), (steps,), p.mirrored, team, tta)[0, 0]
+            check_finite(correct, lr, steps)
             out.append(Result(exam, correct, p, lr, steps))
         return out
-
-def _accuracy(correct, exam): return correct.double().mean(-1)/(exam.shape.n_way*exam.shape.n_query)
-
 _FOUR = "views, rotations, max-pooled features and whitening"
 
 # %% ../../nbs/31_methods.base.ipynb #1b50468e

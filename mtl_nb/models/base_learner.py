@@ -8,6 +8,8 @@ Docs: https://mtl-nb.github.io/mtl_nb/models.base_learner.html.md"""
 __all__ = ['head_path_primal', 'head_path', 'fit_heads', 'fit_head', 'BaseLearner']
 
 # %% ../../nbs/05_models.base_learner.ipynb #34c83c78
+from math import inf
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -154,7 +156,7 @@ class BaseLearner(nn.Module):
     ):
         super().__init__()
         require(d >= 1 and n_way >= 1, f"a head needs at least one feature and one class, got d={d} and n_way={n_way}")
-        require(steps >= 0 and lr >= 0, f"steps and lr must not be negative, got {steps} and {lr}")
+        require(steps >= 0 and 0 <= lr < inf, f"steps and lr must be finite and not negative, got {steps} and {lr}")
         require(order in (1, 2), f"order must be 1 or 2, got {order}")
         self.weight, self.bias = nn.Parameter(torch.zeros(n_way, d)), nn.Parameter(torch.zeros(n_way))
         self.lr, self.steps, self.order = lr, steps, order

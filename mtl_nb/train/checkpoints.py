@@ -342,6 +342,11 @@ class TrainState:
         names = {k for k, p in self.model.named_parameters() if p.requires_grad}
         names |= {k for k, _ in self.model.named_buffers()}
         return {k: v for k, v in self.model.state_dict().items() if k in names}
+    @property
+    def is_finite(self) -> bool: # waits for the device, once
+        "Are all weights finite numbers?"
+        weights = self._changing() if self.average is None else self._changing() | self.average.module.state_dict()
+        return bool(torch.stack([v.isfinite().all() for v in weights.values()]).all())
     def state_dict(self) -> dict:
         "Its parts; of the model, only what is not frozen."
         parts = {"model": self._changing(), "opt": self.opt.state_dict(), "g": self.g.get_state(), "done": self.done}

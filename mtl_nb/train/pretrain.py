@@ -11,7 +11,7 @@ __all__ = ['PretrainConfig', 'learning_rate', 'pretrain_state', 'kept_weights', 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, inf, isfinite, pi
+from math import cos, isfinite, pi
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ..core import require
+from ..core import Diverged, require
 from ..data.augment import AugmentConfig
 from ..data.bank import ImageBank, prefetch
 from ..models.heads import Classifier
@@ -47,8 +47,9 @@ class PretrainConfig:
     def __post_init__(self):
         require(self.epochs >= 0, f"phase1: epochs must not be negative, got {self.epochs}")
         require(self.batch >= 2, f"phase1: batch must be at least 2, got {self.batch}")
-        require(0 < self.lr < inf, f"phase1: lr must be above 0, got {self.lr}")
-        require(0 <= self.weight_decay < inf, f"phase1: weight_decay must not be negative, got {self.weight_decay}")
+        require(0 < self.lr <= 1000, f"phase1: lr must be above 0 and at most 1000, got {self.lr}")
+        require(0 <= self.weight_decay <= 1000,
+                f"phase1: weight_decay must be from 0 to 1000, got {self.weight_decay}")
         require(0 <= self.smoothing < 1, f"phase1: smoothing must be at least 0 and below 1, got {self.smoothing}")
         require(0 <= self.warmup <= 1, f"phase1: warmup must be from 0 to 1, got {self.warmup}")
         require(self.halve >= 1, f"phase1: halve must be at least 1, got {self.halve}")
@@ -157,7 +158,7 @@ def pretrain(
     call:Callable[[Tensor],Tensor]|None=None, # stands in for the model, such as `torch.compile(state.model)`
     objective:Callable=cross_entropy, # (forward, x, y, cfg, g) -> loss, class logits
 ) -> Iterator[dict]: # a record an epoch: epoch, loss, accuracy (of the augmented training images), lr
-    "Minimise the objective over all base classes, epoch by epoch. Raises `BadInput` if the loss becomes NaN."
+    "Minimise the objective over all base classes, epoch by epoch. Raises `Diverged` if loss or weights overflow."
     model, opt, device = state.model, state.opt, next(state.model.parameters()).device
     forward, params = model if call is None else call, [p for p in model.parameters() if p.requires_grad]
     steps, batch = max(1, len(bank)//cfg.batch), min(cfg.batch, len(bank))
@@ -188,8 +189,9 @@ def pretrain(
             opt.step()
             if state.average is not None: state.average.update_parameters(model)
         team.all_reduce([total, right, *(b.div_(team.size) for b in _statistics(model, state.average))])
-        require(isfinite(float(total)), f"phase 1: the loss is no longer a finite number in epoch {state.done + 1}: "
-                f"lower the learning rate ({cfg.lr})")
+        if not (isfinite(float(total)) and state.is_finite):
+            raise Diverged(f"phase 1 has diverged: in epoch {state.done + 1}, at rates up to {cfg.lr:g}, loss or "
+                           f"weights are no longer finite: lower phase1.lr, for instance to {cfg.lr/10:g}")
         state.done += 1
         model.eval()
         yield dict(epoch=state.done, loss=float(total)/steps, accuracy=float(right)/(steps*batch), lr=lr)

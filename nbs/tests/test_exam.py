@@ -7,11 +7,13 @@ from torch import nn
 from mtl_nb.core import BadInput
 from mtl_nb.data.augment import AugmentConfig
 from mtl_nb.data.bank import ImageBank
-from mtl_nb.data.episodes import TaskShape
+from mtl_nb.data.episodes import TaskShape, sample_tasks
 from mtl_nb.evaluation.exam import (RATES, STEPS, accuracy, augmented_features, evaluate, evaluate_head, evaluate_path,
                                     features, make_exam, tune)
 from mtl_nb.evaluation.stats import mean_ci, paired_diff
 from mtl_nb.models.base_learner import BaseLearner
+from mtl_nb.models.heads import Prototypes
+from mtl_nb.train.distributed import Team
 
 def noise(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -46,8 +48,37 @@ def test_tasks_are_tasks(bank, exam):
 
 def test_longer_lists_begin_alike(bank, exam):
     long = make_exam(bank, SHAPE, tasks=10_700)
-    assert len(long) == 10_700 and torch.equal(long.idx[:10_000], exam.idx) and long.fingerprint == exam.fingerprint
+    assert len(long) == 10_700 and torch.equal(long.idx, exam.idx) and long.fingerprint == exam.fingerprint
     assert torch.equal(make_exam(bank, SHAPE, tasks=7).idx, exam.idx[:7])
+    longer = torch.cat([*make_exam(bank, SHAPE, tasks=12_300).chunks(1000)])
+    assert len(longer) == 12_300 and torch.equal(longer[:10_000], exam.idx)
+    assert torch.equal(torch.cat([*long.chunks(300)]), longer[:10_700])
+    want = sample_tasks(bank.by_class, 12_500, SHAPE, torch.Generator().manual_seed(0))[:12_300]
+    assert torch.equal(longer, want) # one stream of random numbers
+
+@pytest.mark.parametrize("tasks", [3, 10_000, 10_001, 11_500])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_team_shares_a_list_of_any_length(bank, tasks, size):
+    long = make_exam(bank, SHAPE, tasks=tasks)
+    parts = [[*long.chunks(1000, Team(rank, size))] for rank in range(size)]
+    assert all(len(o) <= 1000 for p in parts for o in p)
+    assert torch.equal(torch.cat(sum(parts, [])), torch.cat([*long.chunks(500)])) and len(torch.cat(sum(parts, []))) == tasks
+
+@pytest.mark.parametrize("tasks", [1, 10_000, 10_250, 11_000])
+def test_the_beginning_of_a_long_list(bank, tasks):
+    long = make_exam(bank, SHAPE, tasks=11_000)
+    assert len(long.first(tasks)) == tasks and long.first(tasks).fingerprint == long.fingerprint
+    assert torch.equal(torch.cat([*long.first(tasks).chunks(1000)]), torch.cat([*long.chunks(1000)])[:tasks])
+
+def test_a_long_list_is_evaluated_to_its_end(bank, exam, feats):
+    "As many results as tasks were asked for; on the tasks that a shorter list has they are the same."
+    base, long = BaseLearner(6, 5, .3, 5), make_exam(bank, SHAPE, tasks=10_700)
+    all_of_them, known = evaluate(feats, long, base), evaluate(feats, exam, base)
+    assert len(all_of_them) == 10_700 and torch.equal(all_of_them[:10_000], known)
+    assert torch.equal(evaluate_head(feats, long, Prototypes(5))[:10_000], evaluate_head(feats, exam, Prototypes(5)))
+    some = torch.cat([*long.chunks(1000)])[10_690:]
+    want = [by_hand(feats, bank, t, .3, 5, None, (base.weight.data, base.bias.data)) for t in some]
+    assert all_of_them[10_690:].tolist() == want
 
 def test_drawing_leaves_the_global_generator_alone(bank):
     torch.manual_seed(0)
@@ -73,7 +104,7 @@ def test_fingerprint_sees(bank, exam, change):
     assert make_exam(other, SHAPE).fingerprint != exam.fingerprint
 
 def test_exams_that_cannot_be_drawn(bank):
-    for tasks in 0, -5: refused(lambda: make_exam(bank, SHAPE, tasks=tasks), "at least 1 task")
+    for tasks in 0, -5, 10**6 + 1: refused(lambda: make_exam(bank, SHAPE, tasks=tasks), "at least 1 task")
     refused(lambda: make_exam(bank, TaskShape(7, 1, 5)), "7-way needs 7 classes, but 'val' has only 6")
     refused(lambda: make_exam(bank, TaskShape(5, 1, 20), split="test"), "'class 0' in 'test' has 20 images")
 
