@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -188,7 +189,8 @@ def _open_folder(out, identity, resume, team):
     mine = []
     def first():
         mine.append(RunFolder(out, identity, resume))
-        return {p.name: p.read_bytes() for p in mine[0].path.iterdir() if p.is_file()} if team.size > 1 else {}
+        if team.size == 1: return {}
+        return {p.name: p.read_bytes() for p in mine[0].path.iterdir() if p.is_file() and p.name != ".lock"}
     files = team.broadcast(first)
     if mine: return mine[0]
     place = tempfile.TemporaryDirectory(prefix="mtl_nb-")
@@ -208,6 +210,23 @@ def _on_device(bank, device):
     if device.type == "cuda" and bank.x.numel() > torch.cuda.mem_get_info(device)[0]//2: return bank
     return bank.to(device)
 
+def _check_space(config, side, has_phase1, out):
+    "Is there room on the disk for Θ and the states of phase 1? Raises `BadInput`."
+    if (out/"results.json").exists(): return
+    place = next(o for o in (out.absolute(), *out.absolute().parents) if o.exists())
+    there = sum(o.stat().st_size for o in place.iterdir() if o.is_file()) if place == out.absolute() else 0
+    net = build_backbone(config.arch, pretrained=False, widths=config.widths, dropout=config.dropout, size=side)
+    weights, phase1 = sum(v.nbytes for v in net.state_dict().values()), config.phase1
+    copies = 2 + (phase1.ema > 0) + phase1.keep_best if has_phase1 and phase1.epochs else 0 # in a state: momentum, too
+    need, free = weights*(1 + 2*copies) - there, shutil.disk_usage(place).free # two states are kept
+    require(need <= free, f"the disk of {out} has {free/1e6:,.0f} MB free, and the run writes at least "
+            f"{need/1e6:,.0f}: make room, or choose another --out")
+
+def _is_record(entries):
+    "Is a line of the log whole?"
+    need = {1: {"epoch", "accuracy"}, 2: {"run", "tasks"}}.get(entries.get("phase"))
+    return need is not None and need <= entries.keys()
+
 def prepare(
     config:ExperimentConfig,
     banks:dict[str,ImageBank], # train, val and the split to evaluate on
@@ -226,7 +245,9 @@ def prepare(
     same = all(o == data for o in runtime.team.all_gather_object(data))
     require(same, "the processes have read different images: give each machine the same")
     identity = dict(recipe=asdict(config), recipe_sha256=config.digest(), data=data)
+    _check_space(config, _image_side(banks), not backbone, Path(out))
     folder = _open_folder(out, identity, resume, runtime.team)
+    folder.machine, folder.log = str(runtime), list(filter(_is_record, folder.log))
     found = _duplicates(banks, record)
     banks = {split: _on_device(bank, runtime.device) for split, bank in banks.items()}
     return Experiment(config, banks, folder, data, runtime, backbone, on_record, duplicates=found)
@@ -265,6 +286,7 @@ def _pretrain_round(job, n, teacher, clock):
     if saved := folder.load_state(_round_name(n)):
         state.load_state_dict(saved["train"])
         clock.before = saved["seconds"]
+    else: folder.log[:] = [o for o in folder.log if o.get("phase") == 1 and o["epoch"] <= n*cfg.epochs]
     best = (saved or {}).get("best")
     kept, checks = kept_weights(state), 20 if cfg.keep_best else 5
     objective = make_objective(job.config.objective, len(job.banks["train"].names), teacher)
@@ -337,8 +359,14 @@ def pretrain(
     "Stage 2: phase 1, begun or resumed; nothing to do if its weights are there or come from another run."
     rounds = job.config.objective.rounds
     if job.backbone_file.exists():
-        job.folder.load_state(_round_name(rounds - 1)) # for the log that it holds
-        return
+        job.folder.check_recipe(job.backbone_file, load(job.backbone_file, "backbone")[1])
+        job.folder.load_state(_round_name(rounds - 1), rewind=False) # for the log that it holds
+    else: _make_backbone(job)
+    job.folder.theta = content_digest(job.backbone_file)
+
+def _make_backbone(job):
+    "Θ: of another run, with weights of its own, or from phase 1."
+    rounds = job.config.objective.rounds
     if job.source: return _adopt_backbone(job)
     if not job.config.phase1.epochs: return _take_pretrained(job)
     model:Any = None
@@ -473,11 +501,16 @@ def meta_train(
     "Stage 3: phase 2 for one number of shots, for every method that has an outer loop; one that diverges is left out."
     for method in map(get_method, job.config.methods):
         if not method.meta: continue
-        file, saved = job.weights_file(method, k_shot), job.folder.load_state(method.file_stem(k_shot))
+        file = job.weights_file(method, k_shot)
+        saved = job.folder.load_state(method.file_stem(k_shot), rewind=not file.exists())
         try:
             if not file.exists(): _meta_train_method(job, method, k_shot, inner, saved or {})
-        except Diverged as e: job.leave_out(method, k_shot, e)
-        else: job.seconds["meta_train"] += load(file, "mtl")[1]["seconds"]
+        except Diverged as e:
+            job.leave_out(method, k_shot, e)
+            continue
+        record = load(file, "mtl")[1]
+        job.folder.check_recipe(file, record)
+        job.seconds["meta_train"] += record["seconds"]
 
 # %% ../../nbs/39_experiments.run.ipynb #0a7b0011
 def _notes(config, record, data, split):
@@ -550,7 +583,7 @@ def evaluate(
 ) -> list[dict]: # rows of `results.json`
     "Stage 4: phase 3 for one number of shots, for the baseline and every method."
     config, state, clock = job.config, f"exam-{k_shot}shot", _Clock()
-    saved = job.folder.load_state(state) or dict(rows={}, seconds=0.)
+    saved = job.folder.load_state(state, rewind=False) or dict(rows={}, seconds=0.)
     clock.before = saved["seconds"]
     protocols = [Protocol("standard", job.shape(k_shot), config.eval_tasks)]
     if config.paper_protocol: protocols.append(paper_protocol(k_shot, config.way))
@@ -633,7 +666,7 @@ def finish(
         versions=dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version()),
         theta=config.backbone or content_digest(job.backbone_file),
         seconds={k: round(v, 1) for k, v in job.seconds.items()}, curves=curves)
-    if job.notes: results["notes"] = job.notes
+    if notes := job.notes + folder.notes: results["notes"] = notes
     if job.duplicates: results["duplicates"] = job.duplicates
     folder.write_log()
     plot_curves(folder.log).savefig(png, format="png", dpi=100)
@@ -673,7 +706,9 @@ def run(
 ) -> dict: # what `results.json` holds
     "All three phases, for every method and number of shots. Raises `BadInput` before anything is written."
     job = prepare(config, banks, out, runtime, resume, backbone, on_record)
-    if results := _finished(job): return results
+    if results := _finished(job):
+        job.folder.clear() # if it was killed before it could
+        return results
     pretrain(job)
     baseline, rows = LinearHead(job), []
     for k_shot in job.config.shots:
