@@ -644,13 +644,14 @@ def recognizer_panel(
     titles = "its pictures", "new pictures"
     shown, new = (w.FileUpload(accept="image/*", multiple=True, description=o) for o in titles)
     text, image = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%", width="fit-content"))
+    def show(png): image.value, image.layout.display = png, None if png else "none"
     def guess():
-        image.value = b""
+        show(b"")
         if not new.value: return
         require(r.head is not None, f"learn at least two classes first, there are {len(r.support)}")
         png = BytesIO()
         answer_sheet(r.answers(_uploaded(new.value), top=1)).save(png, "png")
-        image.value = png.getvalue()
+        show(png.getvalue())
     def learn_class():
         require(name.value.strip(), "give the class a name first")
         require(shown.value, f"upload pictures of '{name.value.strip()}' first")
@@ -662,6 +663,7 @@ def recognizer_panel(
             action()
             text.value = escape(r.summary)
         except BadInput as e: text.value = escape(str(e))
+    show(b"")
     learn.on_click(partial(attempt, learn_class))
     new.observe(partial(attempt, guess), "value")
     return w.VBox([w.HBox([name, shown, learn]), new, text, image])

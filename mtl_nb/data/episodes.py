@@ -149,18 +149,16 @@ def task_explorer(
     ranges = dict(way=(min(5, len(bank.names)), 2, most), shot=(1, 1, 10), query=(15, 1, 30), task=(0, 0, 999))
     sliders = [w.IntSlider(*o, description=name, continuous_update=False) for name, o in ranges.items()]
     text, image = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%", width="fit-content"))
+    def show(words, png=b""): text.value, image.value, image.layout.display = words, png, None if png else "none"
     def draw(_=None):
         n, k, q, seed = (o.value for o in sliders)
         try:
             shape = TaskShape(n, k, q)
             shape.check(bank)
-        except BadInput as e:
-            text.value, image.value = escape(str(e)), b""
-            return
+        except BadInput as e: return show(escape(str(e)))
         task = sample_tasks(bank.by_class, 1, shape, torch.Generator().manual_seed(seed))[0]
-        image.value = _png(show_task(bank, task, k, min(q, 8)))
-        chance = f"by chance {100/n:.0f} % are correct"
-        text.value = f"{n}-way {k}-shot: {n*k} support pictures, {n*q} queries; {chance}"
+        words = f"{n}-way {k}-shot: {n*k} support pictures, {n*q} queries; by chance {100/n:.0f} % are correct"
+        show(words, _png(show_task(bank, task, k, min(q, 8))))
     for o in sliders: o.observe(draw, "value")
     draw()
     return w.VBox([*sliders, text, image])
