@@ -416,10 +416,14 @@ def _delete_old(path, stem):
             outdated = old.suffix == ".bank" or time.time() - old.stat().st_mtime > 86400
             if old != path and outdated: old.unlink()
 
+def _unwritable(path, error):
+    return BadInput(f"cannot write {path} ({error.strerror}): make room there, or let MTL_NB_CACHE name another folder")
+
 def _make(path, stem, *args):
     "Write a cache file under a temporary name, sync it, rename it; then delete what it replaces."
     path = _place(path)
-    f = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{stem}-", suffix=".part", delete=False)
+    try: f = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{stem}-", suffix=".part", delete=False)
+    except OSError as e: raise _unwritable(path, e) from None
     try:
         with f, warnings.catch_warnings():
             warnings.simplefilter("ignore") # an image that makes Pillow warn is read, or raises our own error
@@ -427,10 +431,9 @@ def _make(path, stem, *args):
             f.flush()
             os.fsync(f.fileno())
         os.replace(f.name, path)
-    except OSError as e:
-        raise BadInput(f"cannot write {path} ({e.strerror}): make room there, "
-                       "or let MTL_NB_CACHE name another folder") from None
-    finally: Path(f.name).unlink(missing_ok=True)
+    except OSError as e: raise _unwritable(path, e) from None
+    finally:
+        with suppress(OSError): Path(f.name).unlink(missing_ok=True)
     _delete_old(path, stem)
     bank = _open(path)
     require(bank is not None, f"{path} was changed while it was written: try again")

@@ -1,11 +1,13 @@
 "Fixtures of several test files."
-import shutil, subprocess
+import os, re, shutil, subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from browser import launch
+from crash import note
 
+from mtl_nb.core import BadInput
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.models.resnet12 import ResNet12
 
@@ -17,6 +19,21 @@ def pytest_configure(config):
     many = "slow" in config.getoption("--nbflags").split()
     settings.register_profile("mtl_nb", max_examples=200 if many else 25, deadline=None, derandomize=True, database=None)
     settings.load_profile("mtl_nb")
+
+def pytest_sessionstart(session):
+    "With RELIABILITY=inputs: count the refusals of bad input that the tests bring about, each message once."
+    if os.environ.get("RELIABILITY") != "inputs": return
+    begin, session.refusals = BadInput.__init__, set()
+    def counted(self, *args):
+        begin(self, *args)
+        session.refusals.add(re.sub(r"\S*pytest-\S*|\d+", "N", str(self))) # not each place and number anew
+    BadInput.__init__ = counted
+
+def pytest_sessionfinish(session):
+    if not hasattr(session, "refusals"): return
+    one_line = sum("\n" not in o for o in session.refusals)
+    note("inputs", rows=[dict(tried=len(session.refusals), one_line=one_line, tests=session.testscollected,
+                              failed=session.testsfailed)])
 
 @pytest.fixture(scope="module")
 def files():

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from crash import PHASES, RUN, Fault, copy, fresh, mtl, note, outcome, pictures, readable, writer
+from crash import PHASES, RUN, Fault, fresh, mtl, note, outcome, pictures, readable, writer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, and /proc")
 KILLED = -9
-CODES = dict(kill=KILLED, full=2) # exit codes
-HOW = dict(kill="killed", full="disk full")
+CODES = dict(kill=KILLED, full=2, int=130, term=143) # exit codes
+HOW = dict(kill="killed", full="disk full", int="SIGINT", term="SIGTERM")
 SHORT = [*RUN[:RUN.index("--shots")], "--shots", 1, "--methods", "mtl", *RUN[RUN.index("--inner"):]]
 LEARN, ADD = "learn set/train -o x.safetensors --force -q".split(), "learn set/val --add-to x.safetensors -q".split()
-COUNTS: Counter = Counter() # (how, phase, writer) of each kill that the tests survived
+TRIED: Counter = Counter() # by (how, phase, writer)
+SURVIVED: Counter = Counter() # those after which a run ended as the uninterrupted one
 
 
 class Whole(NamedTuple):
@@ -49,8 +50,8 @@ def whole(tmp_path_factory): return uninterrupted(tmp_path_factory.mktemp("whole
 @pytest.fixture(scope="module", autouse=True)
 def noted():
     yield
-    rows = [dict(how=how, phase=phase, writer=who, survived=n) for (how, phase, who), n in sorted(COUNTS.items())]
-    if any(how == "killed at a random moment" for how, *_ in COUNTS): note("kills", rows=rows)
+    rows = [dict(how=k[0], phase=k[1], writer=k[2], tried=n, survived=SURVIVED[k]) for k, n in sorted(TRIED.items())]
+    if any(how == "killed at a random moment" for how, *_ in TRIED): note("kills", rows=rows)
 
 
 def resumed(whole, place):
@@ -76,8 +77,10 @@ def stopped_at_each(whole, place, steps, how="kill"):
     while left and (step := stopped_at(place, whole.argv, left, how)):
         left.remove(step)
         found.append(step)
+    kinds = [(HOW[how], *place_of(step)) for step in found]
+    TRIED.update(kinds)
     resumed(whole, place)
-    COUNTS.update((HOW[how], *place_of(step)) for step in found)
+    SURVIVED.update(kinds)
     return found
 
 
@@ -118,7 +121,8 @@ def test_killed_at_every_step_of_every_write(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_at_every_step_of_every_write(short, tmp_path): everywhere(short, tmp_path, "full")
+@pytest.mark.parametrize("how", ["full", "int"])
+def test_a_full_disk_and_an_interrupt_at_every_step_of_every_write(short, tmp_path, how): everywhere(short, tmp_path, how)
 
 
 def newest(place):
@@ -139,9 +143,11 @@ def test_killed_at_random_moments(whole, tmp_path, seed):
         assert ended.code in (0, KILLED), ended.said
         if ended.code == 0: break
         found.append(newest(place)[0])
+    kinds = [("killed at a random moment", phase, "anywhere") for phase in found]
+    TRIED.update(kinds)
     resumed(whole, place)
     assert len(found) >= 3
-    COUNTS.update(("killed at a random moment", phase, "anywhere") for phase in found)
+    SURVIVED.update(kinds)
 
 
 def learned(place, argv=LEARN):
@@ -159,11 +165,12 @@ def test_a_recogniser_is_the_old_one_or_the_new_one(short, tmp_path):
     new, more = learned(second, ADD)
     for argv, before, after, names in ((LEARN, None, old, steps), (ADD, old, new, more)):
         for step in names:
-            place = fresh(short.place, tmp_path/f"{len(COUNTS)}-{hash((argv[1], step))}")
+            place = fresh(short.place, tmp_path/f"{TRIED.total()}")
+            TRIED["killed", "recogniser", "recogniser"] += 1
             if before: (place/"x.safetensors").write_bytes(before)
             assert stopped_at(place, argv, [step]) == step
             found = (place/"x.safetensors").read_bytes() if (place/"x.safetensors").exists() else None
             assert found in (before, after)
             assert found is None or readable(place/"x.safetensors")
             if found != after: assert learned(place, argv)[0] == after
-            COUNTS["killed", "recogniser", "recogniser"] += 1
+            SURVIVED["killed", "recogniser", "recogniser"] += 1
