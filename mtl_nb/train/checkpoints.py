@@ -572,7 +572,7 @@ def _check_identity(file, identity, resume):
     folder = file.parent
     try: there = read_json(file)
     except BadInput as e:
-        if "permission" in str(e): raise
+        if "permission" in str(e) or "upgrade" in str(e): raise
         raise BadInput(f"{file} is damaged: choose another --out") from None
     if there.get("recipe_sha256") != identity["recipe_sha256"]:
         differences = _differences(there.get("recipe"), identity["recipe"])

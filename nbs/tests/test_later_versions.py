@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mtl_nb.cli import main
+from mtl_nb.core import BadInput
 from mtl_nb.data.bank import ImageBank
 from mtl_nb.recognize import Recognizer
-from mtl_nb.train.checkpoints import load, save
+from mtl_nb.train.checkpoints import RunFolder, load, save
 
 RUN = Path(__file__).parents[2]/"data/weights/glyphs-quick-s0"
 
@@ -44,6 +45,8 @@ def test_results(folder, capsys):
 def test_recipe(folder, capsys):
     (folder/"results.json").unlink()
     later(folder/"recipe.json")
+    with pytest.raises(BadInput, match="recipe.json is written in schema 2, this version reads 1: upgrade mtl_nb"):
+        RunFolder(folder, {}, resume=True)
     says("test --weights run --tasks 5", "run/recipe.json", capsys)
 
 @pytest.mark.parametrize("name", ["pretrain.safetensors", "mtl-1shot.safetensors"])
