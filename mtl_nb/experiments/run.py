@@ -212,13 +212,16 @@ def _on_device(bank, device):
 
 def _check_space(config, side, has_phase1, out):
     "Is there room on the disk for Θ and the states of phase 1? Raises `BadInput`."
-    if (out/"results.json").exists(): return
-    place = next(o for o in (out.absolute(), *out.absolute().parents) if o.exists())
-    there = sum(o.stat().st_size for o in place.iterdir() if o.is_file()) if place == out.absolute() else 0
+    try:
+        if (out/"results.json").exists(): return
+        place = next(o for o in (out.absolute(), *out.absolute().parents) if o.is_dir())
+        there = sum(o.stat().st_size for o in place.iterdir() if o.is_file()) if place == out.absolute() else 0
+        free = shutil.disk_usage(place).free
+    except OSError: return # whoever opens the folder says why it cannot be used
     net = build_backbone(config.arch, pretrained=False, widths=config.widths, dropout=config.dropout, size=side)
     weights, phase1 = sum(v.nbytes for v in net.state_dict().values()), config.phase1
     copies = 2 + (phase1.ema > 0) + phase1.keep_best if has_phase1 and phase1.epochs else 0 # in a state: momentum, too
-    need, free = weights*(1 + 2*copies) - there, shutil.disk_usage(place).free # two states are kept
+    need = weights*(1 + 2*copies) - there # two states are kept
     require(need <= free, f"the disk of {out} has {free/1e6:,.0f} MB free, and the run writes at least "
             f"{need/1e6:,.0f}: make room, or choose another --out")
 

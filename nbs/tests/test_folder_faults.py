@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 import mtl_nb.experiments.run as run_module
+from mtl_nb.cli import load_models
 from mtl_nb.core import BadInput, read_json, write_json
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.experiments.config import preset
@@ -238,6 +239,8 @@ def test_equal_runs_have_equal_theta_and_another_seeds_backbone_is_refused(banks
         (out/name).write_bytes((tmp_path/"other"/name).read_bytes())
         rejected(lambda: run(config, banks, out, resume=True), f"{name} is of another run: move it away")
         (out/name).write_bytes(before)
+    (tmp_path/"twin/pretrain.safetensors").write_bytes((tmp_path/"other/pretrain.safetensors").read_bytes())
+    rejected(lambda: load_models(tmp_path/"twin", None, None, "cpu"), "is not the backbone of the run in")
 
 def test_no_room_on_the_disk(banks, config, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: type("Usage", (), dict(free=1000)))
