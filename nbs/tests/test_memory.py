@@ -1,6 +1,6 @@
 """Peak memory against the number of tasks, and that of a folder of many pictures, each in a process of its own:
-`python nbs/tests/test_memory.py tasks 1000000`, or `folder PATH`. `data/results/reliability-memory.json` holds rows that
-these commands printed."""
+`python nbs/tests/test_memory.py tasks 1000000`, or `folder PATH`. `data/results/reliability-memory.json` holds rows
+that these commands printed."""
 import ctypes
 import gc
 import json
@@ -62,7 +62,8 @@ def index_folder(folder):
     before, began = reset_peak(), time.perf_counter()
     bank = folder_bank(Path(folder))
     assert bank.x.shape[1:] == (3, 16, 16)
-    return dict(pictures=len(bank), pixels_mib=round(bank.x.numel()/2**20, 1), peak_mib=round(peak_mib(), 1), before_mib=round(before, 1),
+    return dict(pictures=len(bank), pixels_mib=round(bank.x.numel()/2**20, 1),
+                peak_mib=round(peak_mib(), 1), before_mib=round(before, 1),
                 seconds=round(time.perf_counter() - began, 1))
 
 
