@@ -616,7 +616,9 @@ class TestOptions:
     split:str="test" # the split to evaluate on: train, val or test
     # for weights that whiten features: the data set or folder whose train split holds their base classes
     base:str|None=None
-    way:int|None=None # classes in a task; if not given: as the weights were trained, 5 for a backbone alone
+    # classes in a task; if not given: as the weights were trained, 5 for a backbone alone; at another number each
+    # class starts from the mean row of the head
+    way:int|None=None
     # support images a class; if not given: all that a run's weights were trained for, 1,5 for a backbone alone
     shots:tuple[int,...]|None=None
     query:int=15 # query images a class
@@ -641,7 +643,7 @@ def load_models(
     is_backbone = load(path)[1].get("kind") == "backbone"
     if is_backbone: return [load_weights(path, None, k, device, way) for k in shots or (1, 5)]
     require(shots is None or len(shots) == 1, f"--shots {_shown(shots)}: {path} is for one number of shots")
-    return [load_weights(path, None, shots[0] if shots else None, device, way)]
+    return _at_way([load_weights(path, None, shots[0] if shots else None, device)], way)
 
 def _check_theta(folder):
     "Is the backbone in a folder that of its results? Older files, and those of another run's backbone, do not say it."
@@ -657,7 +659,16 @@ def _models_of_run(path, offers, shots, way, device):
     _check_theta(path)
     lacks = sorted({*(shots or ())} - {*there})
     require(not lacks, f"--shots {_shown(lacks)}: these weights are for {_shown(there)}-shot tasks")
-    return [load_weights(path, label, k, device, way) for label, k in offers if k in (shots or there)]
+    return _at_way([load_weights(path, label, k, device) for label, k in offers if k in (shots or there)], way)
+
+def _at_way(models, way):
+    "The models for tasks of that number of classes; if it is not that of training, a line says so."
+    from mtl_nb.publish import at_way
+    trained = models[0].record["way"]
+    if way not in (None, trained):
+        LOG.warning(f"these weights were trained on {trained}-way tasks: on {way}-way tasks each class starts from the "
+                    f"mean row of the head θ₀, at {way}/{trained} of the inner rate")
+    return [at_way(o, way) for o in models]
 
 def _theta(path):
     "The file of the backbone, for a run folder or a weights file."
@@ -933,15 +944,18 @@ def mtl_learn(
     _check_free(options.force or file == options.add_to, f", --add-to {file} adds to it", out=file)
     require(options.size is None or 1 <= options.size <= 2048, f"--size must be from 1 to 2048, got {options.size}")
     from mtl_nb.data.folders import class_files
+    from mtl_nb.recognize import check_pictures
     skipped:dict[int,str] = {}
     with redirect_stdout(sys.stderr):
         # what is wrong with the folder is said before the weights are loaded
         files = class_files(options.folder, 1 if options.add_to else 2)
         pictures, labels = zip(*((path, name) for name, paths in files.items() for path in paths))
+        bad, twice = check_pictures(pictures, labels, Path(options.folder).resolve().name)
+        if not options.skip_bad: _require_readable(bad)
+        if twice: LOG.warning(f"warning: {twice}")
         recognizer = _start_learning(options)
         learn = recognizer.partial_fit if options.add_to else recognizer.fit
         learn(pictures, labels, skipped)
-    if not options.skip_bad: _require_readable(skipped)
     _say_skipped(skipped)
     if not {"weights", "add_to"} & {*options.given}: LOG.info(_OTHER_WEIGHTS)
     _save_recognizer(recognizer, file, options.json)

@@ -17,6 +17,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import Any
 
 import msgspec
@@ -92,7 +93,7 @@ def _from_release(files): # paths in `data/weights`, of one name
     return folder/files[0].partition("/")[0]
 
 def _reason(error): # in one line
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return shorten(str(error), 200, placeholder=" …") or type(error).__name__
 
 def _hub():
     "The library of the hub, imported only where it is needed."

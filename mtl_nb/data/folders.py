@@ -93,7 +93,9 @@ def read_image(
     "The pixels of one image file, as `to_rgb` gives them."
     if not os.path.isfile(path): raise OSError("it is not there, or no ordinary file")
     try:
-        with Image.open(path) as im: return to_rgb(im)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning) # our own limit is below Pillow's
+            with Image.open(path) as im: return to_rgb(im)
     except Image.DecompressionBombError: raise ValueError(f"it has more than {_LIMIT} pixels: shrink it") from None
 
 # %% ../../nbs/21_data.folders.ipynb #991009d4

@@ -154,9 +154,9 @@ class RunRecord(msgspec.Struct):
     recipe:dict
     data:DataRecord
     seconds:PhaseSeconds
-    recipe_sha256:Sha256|None=None
-    device:str="" # in words
-    versions:dict[str,str]={} # of this package and of others
+    recipe_sha256:Sha256 # of that config
+    device:str # in words
+    versions:dict[str,str] # of this package and of others
     theta:str="" # SHA-256 of the backbone
     curves:dict[str,list[tuple[_Whole,Share]]]={} # by model: training tasks, accuracy on val
     notes:list[str]=[] # what whoever reads the results should know
@@ -218,11 +218,12 @@ def read_record(
 ) -> dict: # the record, with `file` and `recipe` as an `ExperimentConfig`; raises `BadInput`, naming file and field
     "One recorded run, checked."
     file = Path(file)
-    run = escaped(read_json(file))
+    run = read_json(file)
     require(run.get("kind") == "run", f"{file} is not the record of a run")
     require(run.get("schema") == 1, f"{file} is written in schema {run.get('schema')!r:.40}, this version reads 1")
     found = checked(run, RunRecord, file)
-    config = _config_of(found, file)
+    config, shown = _config_of(found, file), escaped(run)
+    if shown != run: run, found, config = shown, checked(shown, RunRecord, file), config_from_record(shown["recipe"])
     rows = [_read_row(r, file, config, found.theta) for r in run["rows"]]
     _check_pairs(rows, file)
     return run | dict(file=printable(file.name), recipe=config, rows=rows, curves=found.curves)

@@ -11,6 +11,7 @@ __all__ = ['SHOTS', 'TABLE1', 'PAIRS', 'BLUE', 'RED', 'GREY', 'DEVIATIONS', 'Pub
 # %% ../../nbs/42_experiments.report.ipynb #33eb54e4
 import csv
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,7 +253,7 @@ def figure4(
         for name, label, color in _CURVES:
             lines = curves.get(f"{name}-{k}shot", [])
             if lines: _draw(ax, lines, f"{label}, {len(lines)} seed{'s' if len(lines) > 1 else ''}", color)
-        ax.set_title(f"{data} {preset.partition(';')[0]}, {k}-shot", fontsize=9)
+        ax.set_title(f"{data} {preset.partition(';')[0]}, {k}-shot", fontsize=9, parse_math=False)
         ax.set_xlabel("training tasks seen", fontsize=9)
         ax.set_ylabel("accuracy on val, %", fontsize=9)
         ax.tick_params(labelsize=8)
@@ -419,7 +420,7 @@ def _figure(runs, data, preset, folder):
     try: fig = figure4(runs, data, preset)
     except BadInput as e: return "" if "no curve" in str(e) else f"Not shown: {e}"
     number = f"-{len(preset.split(', '))}-overrides" if ";" in preset else ""
-    name = f"figure4-{data}-{preset.partition(';')[0]}{number}.png"
+    name = re.sub(r"[^\w.-]+", "-", f"figure4-{data}-{preset.partition(';')[0]}{number}") + ".png"
     if folder is None: return f"{data} {preset}: recorded; give a folder for figures and it is drawn"
     png = io.BytesIO()
     fig.savefig(png, format="png", dpi=110)

@@ -162,7 +162,7 @@ def test_weights_of_another_program(pictures, capsys):
 @pytest.mark.parametrize("options, words", [
     ("--split nonsense", "--split"),
     ("--way 0", "--way"),
-    ("--way 3", "is for 5-way tasks, not 3-way"),
+    ("--way 99", "99-way needs 99 classes"),
     ("--shots 7", "is for 1-shot tasks, not 7-shot"),
     ("--seed 1180591620717411303424", "--seed"),
     ("--shots 1,1", "different"),

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from mtl_nb.data.datasets import DATASETS, _from_folders, load_data, split_table
 from mtl_nb.data.folders import folder_bank, folder_splits, picture_files, read_image, say_doubts
 from mtl_nb.evaluation.meta_test import unpack_hashes
 from mtl_nb.experiments.records import read_record
-from mtl_nb.methods.base import load_model
+from mtl_nb.methods.base import get_method, load_model
 from mtl_nb.models.resnet12 import ResNet12
-from mtl_nb.publish import load_weights
+from mtl_nb.publish import Weights, at_way, load_weights
+from mtl_nb.recognize import Recognizer
 from mtl_nb.train.checkpoints import RunFolder, load, load_backbone, save, trained_size
 
 root = Path(__file__).parents[2]
@@ -85,19 +87,44 @@ def test_way_and_shots_of_saved_weights(finished, capsys):
     assert {k for _, _, k in rows(mtl(capsys, *test, finished/"run"))} == {1, 5}
     assert rows(mtl(capsys, *test, finished/"run", "--shots", 5)) == [("head only", 2, 5), ("MTL", 2, 5)]
     refused(capsys, "--shots 3: these weights are for 1,5-shot tasks", *test, finished/"run", "--shots", "1,3")
-    refused(capsys, "is for 2-way tasks, not 3-way", *test, finished/"run", "--way", 3)
+    said = mtl(capsys, *test, finished/"run", "--way", 3)
+    assert rows(said) == [("head only", 3, 1), ("head only", 3, 5), ("MTL", 3, 1), ("MTL", 3, 5)]
+    line = "these weights were trained on 2-way tasks: on 3-way tasks each class starts from the mean row of the head θ₀"
+    assert said.err.count(line) == 1 and "trained on" not in mtl(capsys, *test, finished/"run", "--way", 2).err
     for weights in "mtl-1shot.safetensors", "mtl-5shot.safetensors":
-        refused(capsys, "is for 2-way tasks, not 3-way", *test, finished/"run"/weights, "--way", 3)
+        assert [way for _, way, _ in rows(mtl(capsys, *test, finished/"run"/weights, "--way", 3))] == [3]
         refused(capsys, "-shot tasks, not 7-shot", *test, finished/"run"/weights, "--shots", 7)
     refused(capsys, "is for one number of shots", *test, finished/"run/mtl-1shot.safetensors", "--shots", "1,5")
     assert rows(mtl(capsys, *test, finished/"run/pretrain.safetensors", "--way", 3, "--shots", 2)) == [("head only", 3, 2)]
 
 
+def test_pictures_to_learn_are_checked_before_anything_is_learned(capsys, monkeypatch):
+    classes(Path("pets"), 0, "ab", 4)
+    shutil.copy("pets/a/00.png", "pets/b/copy.png")
+    shutil.copy("pets/a/01.png", "pets/a/again.png")
+    line = "identical pictures: 2 within pets (such as "
+    assert line in mtl(capsys, "learn", "pets").err
+    Path("pets/b/bad.png").write_bytes(b"no picture")
+    def embed(*_, **how): raise AssertionError("a picture was embedded")
+    with monkeypatch.context() as patch:
+        patch.setattr(Recognizer, "embed", embed)
+        refused(capsys, "bad.png", "learn", "pets", "-o", "x.safetensors")
+    assert "left out: " in mtl(capsys, "learn", "pets", "-o", "x.safetensors", "--skip-bad").err
+
+
 def test_way_and_shots_in_python():
-    for how, says in (dict(way=3), "5-way"), (dict(k_shot=5), "1-shot"):
-        with pytest.raises(BadInput, match=f"is for {says} tasks"): load_weights(QUICK/"mtl-1shot.safetensors", **how)
-    with pytest.raises(BadInput, match="is for 5-way"): load_weights(QUICK, "MTL", 1, way=3)
-    assert load_weights(QUICK/"mtl-1shot.safetensors", k_shot=1, way=5).record["shot"] == 1
+    file = QUICK/"mtl-1shot.safetensors"
+    with pytest.raises(BadInput, match="is for 1-shot tasks"): load_weights(file, k_shot=5)
+    same, other = load_weights(file, k_shot=1, way=5), load_weights(QUICK, "MTL", 1, way=3)
+    own, head = load_weights(file).model.base, other.model.base
+    assert torch.equal(same.model.base.weight, own.weight) and (same.model.base.lr, same.record["shot"]) == (own.lr, 1)
+    assert torch.equal(head.weight, own.weight.mean(0).expand(3, -1)) and torch.equal(head.bias, own.bias.mean().expand(3))
+    assert (head.lr, head.steps, other.record["way"], other.record["lr"]) == (own.lr*3/5, own.steps, 3, own.lr*3/5)
+    cosine = Weights(get_method("cosine classifier"), get_method("cosine classifier").build(other.model.backbone, own), same.record)
+    assert at_way(cosine, 3).model.base.n_way == 3
+    maml = get_method("MAML ResNet-12")
+    with pytest.raises(BadInput, match="'MAML ResNet-12' are for 5-way tasks, not 3-way: each row of the head"):
+        at_way(Weights(maml, maml.build(load_backbone(QUICK/"pretrain.safetensors")[0], own), same.record), 3)
 
 
 @pytest.mark.parametrize("words, says", [
@@ -453,7 +480,9 @@ def test_a_class_of_bad_pictures_is_named_too():
 @pytest.mark.parametrize("side", [9_500, 14_000]) # Pillow warns of the first and refuses the second
 def test_too_many_pixels_in_our_words(side):
     Image.new("1", (side, side)).save("x.png")
-    with pytest.raises(ValueError, match="more than 89 million( pixels)?: shrink it"): read_image("x.png")
+    with pytest.raises(ValueError, match="more than 89 million( pixels)?: shrink it"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image("x.png")
 
 
 # --- terminals and locales -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mtl_nb.core import BadInput
+from mtl_nb.evaluation.stats import mean_ci
 from mtl_nb.experiments.compare import EQUAL, Cell, accuracy_at, places, rows_at
 from mtl_nb.experiments.config import preset
 from mtl_nb.experiments.records import read_results
@@ -22,10 +23,10 @@ PUBLISHED = read_published(root/"data/published")
 def row(method, right, seed=0, shot=1, exam=None, split="test", protocol="standard", query=15, **more):
     "A row of a record, from the correct answers of each task."
     right = torch.as_tensor(right)
-    accuracy = round(100*right.double().mean().item()/(5*query), 3)
+    accuracy, ci95 = (round(100*o, 3) for o in mean_ci(right.double()/(5*query)))
     correct = base64.b64encode(right.numpy().astype("<u2").tobytes()).decode()
     return dict(method=method, split=split, way=5, shot=shot, query=query, tasks=len(right), accuracy=accuracy,
-                ci95=1., protocol=protocol, exam=exam or f"{split}-{protocol}-{shot}", seed=seed, steps=5, lr=.1,
+                ci95=ci95, protocol=protocol, exam=exam or f"{split}-{protocol}-{shot}", seed=seed, steps=5, lr=.1,
                 correct=correct, **more)
 
 
@@ -41,7 +42,7 @@ def write(tmp_path):
     def f(name, rows, data="fc100", seed=0, curves=None, recipe={}, **changes):
         config = replace(preset("small", data, seed=seed), **recipe)
         run = dict(schema=1, kind="run", rows=rows, recipe=asdict(config), data=dict(name=data), device="cpu, 1 thread",
-                   seconds=dict(pretrain=60.), curves=curves or {})
+                   recipe_sha256=config.digest(), versions={}, seconds=dict(pretrain=60.), curves=curves or {})
         (tmp_path/name).write_text(json.dumps(run | changes))
         return tmp_path
     return f

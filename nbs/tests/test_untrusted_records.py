@@ -16,14 +16,14 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 
 from mtl_nb.cli import main
-from mtl_nb.core import BadInput, read_json
+from mtl_nb.core import BadInput, read_json, sha256
 from mtl_nb.data.episodes import TaskShape
 from mtl_nb.data.folders import folder_bank
 from mtl_nb.evaluation.exam import make_exam
-from mtl_nb.experiments.config import compute_matched
+from mtl_nb.experiments.config import compute_matched, config_from_record
 from mtl_nb.experiments.records import read_config, read_record, results_table
 from mtl_nb.methods.base import get_inner
-from mtl_nb.publish import load_weights, weights_in
+from mtl_nb.publish import card, load_weights, weights_in
 from mtl_nb.recognize import Recognizer
 
 DEEP, NESTED = "@deep@", "["*200_000 + "]"*200_000
@@ -174,3 +174,48 @@ def test_some_changes(real, run, name): check(name, run, real[1], 13)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_every_change(real, run, name): check(name, run, real[1], 1)
+
+
+FORGED = "x\nmtl: all is well\r\x1b[2J\u2028"
+
+def test_no_name_in_a_record_forges_a_line(run, capsys):
+    record = record_of(run/"results.json")
+    for part in record["data"], record["recipe"]: part["name" if "name" in part else "data"] = FORGED
+    record["recipe_sha256"] = config_from_record(record["recipe"]).digest()
+    record |= dict(device=FORGED, notes=[FORGED], versions={FORGED: FORGED}, curves={"mtl-1shot": [[0, .2], [4, .3]]})
+    for row in record["rows"]: row["exam"] = FORGED
+    (run.parent/"records").mkdir()
+    write(run.parent/"records/r.json", record)
+    for out in [], ["--out", str(run.parent/"tables")]:
+        assert main(["results", "--records", str(run.parent/"records"), *out]) == 0
+    said = capsys.readouterr().out + (run.parent/"tables/results.md").read_text() + card("name", record)
+    assert r"x\nmtl: all is well\r\x1b[2J\u2028" in said and not {"\r", "\x1b", "\u2028"} & {*said}
+    assert not any(o.startswith("mtl: all") for o in said.splitlines())
+    assert [o.suffix for o in sorted((run.parent/"tables").iterdir())] == [".png", ".md"]
+
+
+@pytest.mark.parametrize("name, at, bad, command", [
+    ("recipe.json", ("recipe", "way"), DEEP, "test"), ("results.json", ("rows", 0, "lr"), nan, "test"),
+    ("pretrain.safetensors", ("widths", 0), 9000, "test"), ("mtl-1shot.safetensors", ("steps",), 10**9, "test"),
+    ("results.json", ("rows", 1, "seconds"), 1e7, "run --compute-matched"), ("recipe.json", ("recipe", "way"), 10**9, "run --config"),
+    ("results.json", ("rows",), [5], "results"), ("known.safetensors", ("counts",), DEEP, "recognize"),
+    ("mtl-1shot.safetensors", ("parts",), {"p"*5000: "0"*64}, "learn"), ("pretrain.safetensors", ("met",), 7, "export"),
+], ids=str)
+def test_commands_end_with_one_line(real, run, capsys, name, at, bad, command):
+    file = run/name
+    tensors = from_bytes(file.read_bytes()) if file.suffix == ".safetensors" else None
+    write(file, changed(record_of(file), at, bad), tensors)
+    if name == "pretrain.safetensors":
+        method = run/"mtl-1shot.safetensors"
+        write(method, record_of(method) | dict(backbone_sha256=sha256(file)), from_bytes(method.read_bytes()))
+    data = real[0].parent/"set"
+    (run.parent/"records").mkdir()
+    if name == "results.json": shutil.copy(file, run.parent/"records")
+    words = {"test": ["--weights", run, "--data", data, "--query", 5, "--tasks", 10], "results": ["--records", run.parent/"records"],
+             "run --compute-matched": [file, "--data", data], "run --config": [file, "--data", data],
+             "recognize": [file, data/"test"], "learn": [data/"test", "--weights", file, "-o", run/"new.safetensors"],
+             "export": ["--weights", file, "--onnx", run/"net.onnx"]}[command]
+    capsys.readouterr()
+    assert main([*command.split(), *map(str, words)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("mtl: ") and len(said[0]) < 500 and ("1e+07" in said[0] or name in said[0] or "phase 2 took" in said[0]), said
