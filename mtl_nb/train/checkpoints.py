@@ -513,7 +513,7 @@ class RunFolder:
 
     def load_state(self,
         phase:str, # its name
-        rewind:bool=True, # set the log back to that moment; else only if it holds more
+        rewind:bool=True, # set the log back to that moment; else only if that is no shorter
     ) -> dict|None: # the states by name, or None when there are none
         "Read the checkpoint of a phase; if it is damaged or another run's, the one before."
         files = [o for o in self.states(phase) if o.exists()]
@@ -525,7 +525,7 @@ class RunFolder:
                 LOG.warning(f"warning: {e}; the run goes on from the state before it")
                 with suppress(OSError): os.replace(file, f"{file}.damaged") # or it would take the place of the good one
                 continue
-            if rewind or len(log) > len(self.log): self.log = log
+            if rewind or len(log) >= len(self.log): self.log = log
             return states
         return None
 

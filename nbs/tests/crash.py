@@ -197,7 +197,8 @@ def copy(source, place):
 WRITERS = {r"recipe\.json": "recipe", r"log\.jsonl": "log", r"results\.json": "results", r"curves\.png": "curves",
            r"pretrain\.safetensors": "backbone", r"mtl\S*\.safetensors": "scales and shifts", r"\S*lock": "lock",
            r"\.phase1\S*": "state, phase 1", r"\.mtl\S*": "state, phase 2", r"\.exam\S*": "state, phase 3",
-           r"cache/\S*": "cache of pictures", r"x\.safetensors": "recogniser"}
+           r"cache/\S*": "cache of pictures", r"x\.safetensors": "recogniser", r"weights/\S*": "exported weights",
+           r"records/\S*": "results"}
 PHASES = {"cache of pictures": "pictures", "recogniser": "recogniser", "recipe": "start", "lock": "start",
           "backbone": "phase 1", "scales and shifts": "phase 2", "results": "end", "curves": "end",
           "state, phase 1": "phase 1", "state, phase 2": "phase 2", "state, phase 3": "phase 3"}
@@ -217,11 +218,12 @@ def phases(steps):
     return out
 
 
-def note(what, **content):
-    "With RELIABILITY set, write what was counted for the page `92_reliability`."
+def note(what, rows):
+    "With RELIABILITY set, add what was counted to a record of the page `92_reliability`; delete it first to begin anew."
     if "RELIABILITY" not in os.environ: return
-    record = dict(schema=1, kind="reliability", what=what, **content)
     file = root/f"data/results/reliability-{what}.json"
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    record = dict(schema=1, kind="reliability", what=what, rows=[*before, *rows])
     file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,7 @@
 
 Files of a run are cut, have a bit flipped, have 512 bytes zeroed, or are exchanged with those of another seed, at five
 moments of the run; then a command reads them. A sample runs always; `pytest --nbflags slow` tries all. With
-RELIABILITY=1 what was counted goes to `data/results/reliability-corruption.json`."""
+RELIABILITY=1 what was counted is added to `data/results/reliability-corruption.json`."""
 import json
 import random
 import re
@@ -109,13 +109,13 @@ def result(moment, place, ended):
 
 @pytest.fixture(scope="module")
 def expected(places, tmp_path_factory):
-    "What comes out of undamaged files."
-    out, place = {}, tmp_path_factory.mktemp("expected")
-    for moment in READERS:
-        now = copy(places[moment], place/moment)
+    "What comes out of undamaged files: of a run that is resumed, what came out of the run that ended."
+    out = dict.fromkeys(MOMENTS, outcome(places["finished"]/"run"))
+    for moment in READERS.keys() - MOMENTS.keys():
+        now = copy(places[moment], tmp_path_factory.mktemp("expected")/"now")
         ended = mtl(now, READERS[moment])
         assert ended.code == 0, ended.said
-        out[moment] = result(moment, now, ended)
+        out[moment] = said_rows(moment, ended)
     return out
 
 
@@ -161,12 +161,14 @@ def test_a_sample_of_damages(places, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_damages(places, others, expected, tmp_path):
-    cases = [Case(moment, file, how, seed) for moment, place in places.items() for file in files_of(moment, place)
-             for how in DAMAGES for seed in range(1 if file.startswith(("cache", "run/log")) else 2)]
-    cases += [Case(moment, file, "of another seed", 0) for moment, place in places.items()
-              for file in files_of(moment, place) if moment not in ("table", "recogniser") and "cache" not in file]
+@pytest.mark.parametrize("moment", READERS)
+def test_all_damages(moment, places, others, expected, tmp_path):
+    files = files_of(moment, places[moment])
+    cases = [Case(moment, file, how, seed) for file in files for how in DAMAGES
+             for seed in range(1 if file.startswith(("cache", "run/log")) else 2)]
+    if moment not in ("table", "recogniser"):
+        cases += [Case(moment, file, "of another seed", 0) for file in files if "cache" not in file]
     counts, wrong = tried(cases, places, others, expected, tmp_path)
-    found = [dict(moment=a, file=b, damage=c, found=d.lower(), tried=n) for (a, b, c, d), n in sorted(counts.items())]
-    note("corruption", rows=found)
-    assert len(cases) >= 200 and not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+    rows = [dict(moment=a, file=b, damage=c, found=d.lower(), tried=n) for (a, b, c, d), n in sorted(counts.items())]
+    note("corruption", rows=rows)
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)

@@ -1,7 +1,7 @@
 """A run that is killed, again and again, and resumed ends as if it had never been: same rows, same log, same weights.
 
 A sample runs always; `pytest --nbflags slow nbs/tests/test_kills.py` kills at every step of every write, and at random
-moments. With RELIABILITY=1 it writes what it counted to `data/results/reliability-kills.json`."""
+moments. With RELIABILITY=1 it adds what it counted to `data/results/reliability-kills.json`."""
 import random
 import sys
 from collections import Counter
@@ -51,7 +51,7 @@ def whole(tmp_path_factory): return uninterrupted(tmp_path_factory.mktemp("whole
 def noted():
     yield
     rows = [dict(how=k[0], phase=k[1], writer=k[2], tried=n, survived=SURVIVED[k]) for k, n in sorted(TRIED.items())]
-    if any(how == "killed at a random moment" for how, *_ in TRIED): note("kills", rows=rows)
+    note("kills", rows=rows)
 
 
 def resumed(whole, place):
@@ -103,6 +103,14 @@ def test_a_full_disk(short, tmp_path):
     assert stopped_at_each(short, fresh(short.place, tmp_path/"again"), steps, "full") == steps
 
 
+def test_interrupts(short, tmp_path):
+    "Ctrl-C, or the signal that a system sends before it goes down: one line, an exit code of its own."
+    place = fresh(short.place, tmp_path/"again")
+    assert stopped_at(place, short.argv, ["half run/.mtl-1shot.state"], "int")
+    assert stopped_at(place, short.argv, ["rename run/mtl-1shot.safetensors"], "term")
+    resumed(short, place)
+
+
 def everywhere(whole, place, how):
     "At every step; what a resumed run does not come to again, such as the cache, is tried in runs of its own."
     left, n = set(whole.steps), 0
@@ -121,7 +129,7 @@ def test_killed_at_every_step_of_every_write(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["full", "int"])
+@pytest.mark.parametrize("how", ["full", "int", "term"])
 def test_a_full_disk_and_an_interrupt_at_every_step_of_every_write(short, tmp_path, how): everywhere(short, tmp_path, how)
 
 

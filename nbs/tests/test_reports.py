@@ -90,7 +90,7 @@ def test_each_kind_is_tried():
     for kind, tests in REPORTS.items():
         missing = [o for o in tests if o.split("::")[1] not in collected(o.split("::")[0])]
         assert tests and not missing, f"{kind}: {missing}"
-    note("reports", rows=[dict(kind=k, tests=v) for k, v in REPORTS.items()])
+    note("reports", [dict(kind=k, tests=v) for k, v in REPORTS.items()])
 
 
 # --- those that had no place elsewhere -----------------------------------------------------------------------------
