@@ -115,12 +115,12 @@ TOYS = {
 
 
 def processor():
-    "A digest of sums whose last bits depend on the processor and on PyTorch."
+    "The version of PyTorch, and a digest of sums whose last bits depend on the processor."
     g = torch.Generator().manual_seed(5)
     x, w, m = (torch.randn(*o, generator=g).requires_grad_() for o in ((8, 6, 16, 16), (8, 6, 3, 3), (8*256, 40)))
     z = torch.nn.functional.conv2d(x, w, padding=1).flatten(1)@m
     (z.softmax(1).log().mean() + z.norm()).backward()
-    return digest_of(dict(z=z.detach(), x=x.grad, w=w.grad, m=m.grad))
+    return f"{torch.__version__.partition('+')[0]} {digest_of(dict(z=z.detach(), x=x.grad, w=w.grad, m=m.grad))}"
 
 
 def toy_values(name, folder):
