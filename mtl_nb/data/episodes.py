@@ -59,6 +59,8 @@ class TaskShape:
         require(self.n_way >= 2, f"way must be at least 2, got {self.n_way}")
         require(self.k_shot >= 1, f"shot must be at least 1, got {self.k_shot}")
         require(self.n_query >= 1, f"query must be at least 1, got {self.n_query}")
+        queries = self.n_way*self.n_query # records hold the number of right ones in 16 bits
+        require(queries < 2**16, f"way times query must be below 65,536, got {queries:,}")
     def labels(self,
         per_class:int, # images a class: `k_shot` or `n_query`
     ) -> Tensor: # int64 [N*per_class]: 0,0,..,1,1,..

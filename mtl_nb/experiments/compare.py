@@ -226,7 +226,7 @@ class Table:
         row, above = self.rows[i], self.rows[i - 1] if i else ()
         if above and all(isinstance(c, str) for c in row[:j + 1]) and row[:j + 1] == above[:j + 1]: return ""
         cell = row[j]
-        if not isinstance(cell, Cell) or not cell.files: return str(cell)
+        if not isinstance(cell, Cell) or not cell.files: return str(cell).replace("|", r"\|")
         return f"{cell} [{','.join(str(self.files.index(f) + 1) for f in cell.files)}]"
     def _body(self): # title, grid and notes
         texts = [tuple(self._text(i, j) for j in range(len(self.columns))) for i in range(len(self.rows))]

@@ -8,7 +8,7 @@ from mtl_nb.core import BadInput
 from mtl_nb.data.episodes import TaskShape
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.evaluation.exam import make_exam
-from mtl_nb.experiments.compare import (EQUAL, SPLITS, Cell, accuracy_at, by_classes, by_seed, class_table, classes_of,
+from mtl_nb.experiments.compare import (EQUAL, SPLITS, Cell, Table, accuracy_at, by_classes, by_seed, class_table, classes_of,
                                         difference, gain, of_one_config, one_change_table, place_name, places, rows_at)
 from mtl_nb.experiments.config import preset
 from mtl_nb.experiments.records import read_results
@@ -196,3 +196,8 @@ def test_unknown_lists_of_classes(write):  # noqa: F811
     refused(lambda: by_classes(rows, "MTL", "head only", 1), "a.json", "are not known")
     assert [r[4] for r in class_table(runs, [("MTL", "head only")]).rows] == ["classes not known"]
     assert class_table([], [("MTL", "head only")]).rows == []
+
+
+def test_a_bar_in_a_name_ends_no_cell():
+    table = Table("T", ("name", "n"), [("a|b", "1")])
+    assert str(table).splitlines()[-1] == r"| a\|b | 1 |"

@@ -19,7 +19,7 @@ def bank(*sizes):
 @pytest.mark.parametrize("kw, message", [
     (dict(n_way=1), "way must be at least 2, got 1"), (dict(n_way=-5), "way"),
     (dict(k_shot=0), "shot must be at least 1, got 0"), (dict(k_shot=-1), "shot"),
-    (dict(n_query=0), "query must be at least 1, got 0")])
+    (dict(n_query=0), "query must be at least 1, got 0"), (dict(n_way=655, n_query=101), "below 65,536, got 66,155")])
 def test_a_shape_is_validated(kw, message):
     with pytest.raises(BadInput, match=message): TaskShape(**kw)
 
