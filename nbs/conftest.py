@@ -23,7 +23,7 @@ def pytest_collect_file(file_path, parent):
         return Notebook.from_parent(parent, path=file_path)
 
 # Files that take longest, so that no worker begins one of them when the others are done. The order is only for speed.
-LONGEST = """test_golden test_run test_methods test_tta test_another_device 23_evaluation.tta test_several_processes
+LONGEST = """test_kills test_corruption test_golden test_run test_methods test_tta test_another_device 23_evaluation.tta test_several_processes
 36_train.objectives 00_tour 31_methods.base 09_train.meta_train 32_methods.ablations test_hub test_big_bank test_types
 test_package 07_train.pretrain 11_evaluation.meta_test 35_methods.tadam 10_data.hard_tasks test_plans test_recognize
 test_pretrained test_publish test_folders test_datasets test_checkpoints test_sync""".split()
