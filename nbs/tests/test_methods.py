@@ -254,7 +254,7 @@ def test_a_network_from_nothing_is_whole_in_its_file(everybody):
     (lambda t, r: r.update(method="ProtoNet"), "does not hold exactly the tensors that 'ProtoNet' trains"),
     (lambda t, r: r.update(method="MAMA"), "no method 'MAMA'"),
     (lambda t, r: r.update(kind="backbone"), "expected 'mtl'"),
-    (lambda t, r: r.update(backbone_sha256="0"), "is not the backbone")])
+    (lambda t, r: r.update(backbone_sha256="0"*64), "is not the backbone")])
 def test_what_is_not_its_own_is_refused(everybody, tmp_path, change, words):
     _, _, out = everybody
     tensors, record = load(out/"tadam-1shot.safetensors")
