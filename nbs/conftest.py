@@ -1,6 +1,6 @@
 """`pytest` runs every notebook outside folders with a leading `_` as one test, through nbdev, which honours the `#|` options.
-Cells flagged slow, cuda or data, and tests marked slow, are left out unless asked for: `pytest --nbflags slow`
-(several: `--nbflags "slow data"`)."""
+Cells flagged slow, cuda or data, and tests marked slow, are left out unless asked for: `pytest --nbflags=slow`
+(several: `--nbflags="slow data"`)."""
 import os, re, sys
 from contextlib import contextmanager
 from io import StringIO
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     "Tests marked `slow` take minutes; they run when asked for, as slow cells do."
     asked = "slow" in item.config.getoption("--nbflags").split()
-    if item.get_closest_marker("slow") and not asked: pytest.skip("takes minutes: add --nbflags slow")
+    if item.get_closest_marker("slow") and not asked: pytest.skip("takes minutes: add --nbflags=slow")
 
 @contextmanager
 def restored_registries():

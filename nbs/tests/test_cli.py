@@ -287,7 +287,7 @@ def test_from_the_shell(pictures):
 
 @pytest.mark.slow
 def test_quick_from_end_to_end(capsys):
-    "The first command of the front page: `pytest nbs/tests/test_cli.py --nbflags slow`."
+    "The first command of the front page: `pytest nbs/tests/test_cli.py --nbflags=slow`."
     assert mtl("run --out out") == 0
     assert all(o in capsys.readouterr().out for o in ("head only", "MTL + HT", "2,000 tasks"))
     rows = json.loads(Path("out/results.json").read_text())["rows"]

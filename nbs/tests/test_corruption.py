@@ -1,7 +1,7 @@
 """A damaged file is refused in one line, or done without, or changes nothing: never a traceback, never other numbers.
 
 Files of a run are cut, have a bit flipped, have 512 bytes zeroed, or are exchanged with those of another seed, at five
-moments of the run; then a command reads them. A sample runs always; `pytest --nbflags slow` tries all. With
+moments of the run; then a command reads them. A sample runs always; `pytest --nbflags=slow` tries all. With
 RELIABILITY=1 what was counted is added to `data/results/reliability-corruption.json`."""
 import json
 import random

@@ -1,6 +1,6 @@
 """A run that is killed, again and again, and resumed ends as if it had never been: same rows, same log, same weights.
 
-A sample runs always; `pytest --nbflags slow nbs/tests/test_kills.py` kills at every step of every write, and at random
+A sample runs always; `pytest --nbflags=slow nbs/tests/test_kills.py` kills at every step of every write, and at random
 moments. With RELIABILITY=1 it adds what it counted to `data/results/reliability-kills.json`."""
 import random
 import sys

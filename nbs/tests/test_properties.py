@@ -1,6 +1,6 @@
 """Properties that hold for any input, tried on inputs that hypothesis makes up: samplers, banks, the inner loop, folders.
 
-Always a few examples, the same each time; with `--nbflags slow` many."""
+Always a few examples, the same each time; with `--nbflags=slow` many."""
 import tempfile
 import unicodedata
 from contextlib import redirect_stdout
