@@ -12,6 +12,14 @@ from mtl_nb.cli import main, run_command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    "The signals as Python sets them, whatever this process was started with, such as nohup."
+    first = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in first.items()}
+    yield
+    for number, handler in before.items(): signal.signal(number, handler)
+
 def raises(number):
     def command():
         os.kill(os.getpid(), number)

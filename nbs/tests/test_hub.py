@@ -316,6 +316,7 @@ def test_the_commands_take_the_same_names(monkeypatch, tmp_path, published, caps
         (tmp_path/f"pets/{c}").mkdir(parents=True)
         Image.fromarray(whole.x[whole.by_class[c][0]].permute(1, 2, 0).numpy()).save(tmp_path/f"pets/{c}/a.png")
     monkeypatch.setattr(mtl_nb.cli, "_evaluate_models", lambda models, *_: models)
+    monkeypatch.setattr("mtl_nb.experiments.run.chance_note", lambda rows: "")
     monkeypatch.setattr(mtl_nb.cli, "_print_results", lambda results, _: print(len(results["rows"]), "models"))
     for name, models in (("glyphs-quick-s0", 6), ("glyphs", 2), ("user/glyphs-quick", 6), (str(RUN), 6)):
         assert main(f"test --weights {name} --data glyphs -q".split()) == 0

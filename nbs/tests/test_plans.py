@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from test_report import row
 
 from mtl_nb.cli import main, read_run_options
 from mtl_nb.methods.base import check_tta
@@ -29,7 +30,9 @@ def leave_record(folder, config):
     "What a later command reads of a run: its config, its times, and that there is a backbone."
     folder.mkdir(parents=True)
     (folder/"pretrain.safetensors").touch()
-    record = dict(recipe=asdict(config), seconds=dict(pretrain=60.), rows=[dict(method="MTL", seconds=30.)])
+    rows = [row("MTL", [9, 8, 7], seed=config.seed, seconds=30.)]
+    record = dict(schema=1, kind="run", recipe=asdict(config), recipe_sha256=config.digest(), data=dict(name=config.data),
+                  device="cpu", versions={}, seconds=dict(pretrain=60.), rows=rows)
     (folder/"results.json").write_text(json.dumps(record))
 
 

@@ -217,6 +217,9 @@ QUICK = ("--preset quick --shots 1 --methods mtl --phase2.tasks 8 --phase2.batch
 def mtl(*argv): return main([str(o) for o in argv])
 
 
+def without_chance(notes): return [o for o in notes if "at chance" not in o] # a toy may be no better
+
+
 def test_a_run_from_a_folder_to_an_answer(family, pictures, tmp_path, capsys):
     out = tmp_path/"run"
     assert mtl("run", "--data", pictures, "--arch", "far/net", "--out", out, *QUICK) == 0
@@ -228,7 +231,8 @@ def test_a_run_from_a_folder_to_an_answer(family, pictures, tmp_path, capsys):
     assert (recipe["arch"], recipe["size"], recipe["phase1"]["epochs"]) == ("far/net", 24, 0)
     assert recipe["preset"] == 'quick; arch="far/net", inner=[0.2, 3], phase1.epochs=0, phase2.tasks=8, query=3, ' \
         'select_tasks=20, size=24' or "phase1.epochs=0" in recipe["preset"]
-    assert results["notes"][0] == "phase 1 was skipped: far/net came with weights of its own" and len(results["notes"]) == 2
+    skipped, seen = without_chance(results["notes"])
+    assert skipped == "phase 1 was skipped: far/net came with weights of its own" and "seen classes" in seen
     assert results["data"]["digest"] == {s: b.digest for s, b in folder_splits(pictures, EXPECTS).items()}
     assert results["data"]["digest"] != {s: b.digest for s, b in folder_splits(pictures, 24).items()}
     assert not any(json.loads(o)["phase"] == 1 for o in (out/"log.jsonl").read_text().splitlines())
@@ -253,7 +257,7 @@ def test_phase_1_is_done_where_it_is_asked_for(family, pictures, tmp_path):
         out = tmp_path/f"run{n}"
         assert mtl("run", "--data", pictures, "--arch", "far/net", "--out", out, *more, *QUICK, "--methods", "none") == 0
         results = json.loads((out/"results.json").read_text())
-        assert results["recipe"]["phase1"]["epochs"] == 1 and len(results["notes"]) == 1
+        assert results["recipe"]["phase1"]["epochs"] == 1 and len(without_chance(results["notes"])) == 1
         expects = load_backbone(out/"pretrain.safetensors")[0].preprocessing
         assert expects == (EXPECTS.at(32) if n else EXPECTS)
 
