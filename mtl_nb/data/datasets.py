@@ -386,11 +386,10 @@ def _omniglot_files(root, entry, download):
     places = root/_OMNIGLOT_FOLDER, root
     if download and not any(map(_unpacked, places)):
         for url, pinned in _OMNIGLOT_ARCHIVES.items(): download_file(url, places[0]/url.rpartition("/")[2], *pinned)
-    place = next((o for o in places if _zips(o) or _unpacked(o)), None)
+    zips, place = next(((zips, o) for o in places if (zips := _zips(o)) or _unpacked(o)), (None, None))
     require(place is not None,
             f"no Omniglot in {root}: add --download to fetch it (15 MB), "
             f"or name with --root the folder that holds Omniglot/train/CLASS/* or {_OMNIGLOT_FOLDER}/")
-    zips = _zips(place)
     files, how = _from_zips(zips) if zips else _from_alphabets(_unpacked(place))
     lacks = [o for names in entry.splits.values() for o in names if o not in files]
     if lacks:

@@ -199,8 +199,8 @@ def _config_of(found, file):
     "The config in a record; raises `BadInput` when it is none, or not the one whose SHA-256 is beside it."
     try: config = config_from_record(found.recipe)
     except BadInput as e: raise BadInput(f"{file}: {e}") from None
-    told = {"objective", "extras"} & found.recipe.keys() # the first records told less of their configs
-    require(not told or found.recipe_sha256 in (None, config.digest()),
+    complete = {"objective", "extras"} & found.recipe.keys() # the first records left out some fields
+    require(not complete or found.recipe_sha256 in (None, config.digest()),
             f"{file}: its recipe_sha256 belongs to another recipe: one of the two was changed")
     return config
 

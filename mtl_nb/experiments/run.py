@@ -667,7 +667,7 @@ def finish(
     results = dict(schema=1, kind="run", rows=rows, recipe=json.loads(json.dumps(asdict(config))),
         recipe_sha256=config.digest(), data=job.data, device=str(job.runtime),
         versions=dict(mtl_nb=__version__, torch=torch.__version__, python=platform.python_version()),
-        theta=config.backbone or content_digest(job.backbone_file),
+        theta=config.backbone or folder.theta,
         seconds={k: round(v, 1) for k, v in job.seconds.items()}, curves=curves)
     if notes := job.notes + folder.notes: results["notes"] = notes
     if job.duplicates: results["duplicates"] = job.duplicates

@@ -219,7 +219,7 @@ def phases(steps):
 
 
 def note(what, rows):
-    "With RELIABILITY set, add what was counted to a record of the page `92_reliability`; delete it first to begin anew."
+    "With RELIABILITY set, add what was counted to a record of page 92; delete it first to begin anew."
     if "RELIABILITY" not in os.environ: return
     file = root/f"data/results/reliability-{what}.json"
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []

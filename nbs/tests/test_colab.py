@@ -1,4 +1,6 @@
-"""The first cell of every page, as its button leads to Colab: it fetches and installs the project where the package is missing, and does nothing elsewhere.
+"""The first cell of every page, as its button leads to Colab.
+
+It fetches and installs the project where the package is missing, and does nothing elsewhere.
 
 `python nbs/tests/test_colab.py` puts it into pages that lack it. No test uses the network."""
 import importlib.util
@@ -30,7 +32,8 @@ if os.path.isdir("project/nbs"): os.chdir("project/nbs") # where ../data holds t
 
 def first_cell(page):
     "The first code cell that does something."
-    sources = ["".join(c["source"]) for c in json.loads(page.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return next(o for o in sources if not o.startswith("#| default_exp"))
 
 
@@ -81,8 +84,9 @@ def insert(page):
     nb = json.loads(page.read_text(encoding="utf-8"))
     if first_cell(page) == install_cell(page): return
     at = next(i for i, c in enumerate(nb["cells"]) if c["cell_type"] == "markdown") + 1
-    nb["cells"].insert(at, dict(cell_type="code", execution_count=None, id=uuid.uuid4().hex[:8], metadata={}, outputs=[],
-                                source=install_cell(page).splitlines(keepends=True)))
+    cell = dict(cell_type="code", execution_count=None, id=uuid.uuid4().hex[:8], metadata={}, outputs=[],
+                source=install_cell(page).splitlines(keepends=True))
+    nb["cells"].insert(at, cell)
     page.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

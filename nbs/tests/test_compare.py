@@ -8,8 +8,9 @@ from mtl_nb.core import BadInput
 from mtl_nb.data.episodes import TaskShape
 from mtl_nb.data.glyphs import glyphs
 from mtl_nb.evaluation.exam import make_exam
-from mtl_nb.experiments.compare import (EQUAL, SPLITS, Cell, Table, accuracy_at, by_classes, by_seed, class_table, classes_of,
-                                        difference, gain, of_one_config, one_change_table, place_name, places, rows_at)
+from mtl_nb.experiments.compare import (
+    EQUAL, SPLITS, Cell, Table, accuracy_at, by_classes, by_seed, class_table, classes_of, difference, gain,
+    of_one_config, one_change_table, place_name, places, rows_at)
 from mtl_nb.experiments.config import preset
 from mtl_nb.experiments.records import read_results
 from mtl_nb.experiments.report import report, table1

@@ -5,10 +5,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from test_run import banks  # noqa: F401
 
 from mtl_nb.core import BadInput, Diverged
 from mtl_nb.data.episodes import TaskShape
-from mtl_nb.data.glyphs import glyphs
 from mtl_nb.evaluation.exam import check_finite, count_right, evaluate, evaluate_head, make_exam, tune
 from mtl_nb.evaluation.meta_test import Protocol, meta_test
 from mtl_nb.experiments.config import preset
@@ -21,12 +21,6 @@ from mtl_nb.train.checkpoints import load_state
 from mtl_nb.train.distributed import Runtime
 from mtl_nb.train.meta_train import MTL, MetaTrainConfig, check_training, meta_state
 from mtl_nb.train.pretrain import PretrainConfig, pretrain, pretrain_state
-
-
-@pytest.fixture(scope="module")
-def banks():
-    torch.set_num_threads(1)
-    return {k: b.subset(range(n)).first(20) for (k, b), n in zip(glyphs(0).items(), (6, 5, 5))}
 
 
 @pytest.fixture(scope="module")
