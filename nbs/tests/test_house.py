@@ -97,6 +97,13 @@ def shown_code(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_first_text_is_title_and_subtitle(page):
+    "nbdev makes the heading of it, and leaves out whatever else stands in that cell."
+    first = next(text for _, kind, text in cells(page) if kind == "markdown")
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", first.strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_imports_stand_in_cells_of_their_own(page):
     "nbdev runs a cell with imports again, without the cells before it, when it builds the site."
     imports, mixed = (ast.Import, ast.ImportFrom), []
